@@ -17,6 +17,7 @@ __all__ = [
     "sha256_file",
     "redact",
     "log_to",
+    "reserve_run",
     "new_run",
     "write_status",
     "read_status",
@@ -211,31 +212,38 @@ def log_to(
         file.close()
 
 
+# %% ../nbs/00_core.ipynb #reserve-run
+def reserve_run(
+    settings: Settings,
+    name: str,  # letters, digits, dot, dash and underscore; the readable half of the folder's name
+) -> Path:
+    "Make a new, empty folder for a run under `settings.runs_dir`; two at one moment get two folders."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise EurosatError(f"name: got {name!r}, expected 1 to 64 letters, digits, '.', '-' or '_'")
+    stem, count = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{name}", 1
+    while True:
+        run = settings.runs_dir / (stem if count == 1 else f"{stem}-{count}")
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            count += 1
+
+
 # %% ../nbs/00_core.ipynb #new-run
 def new_run(
     settings: Settings,
-    name: str,  # letters, digits, dot, dash and underscore; the readable half of the folder's name
+    name: str,
     out: Path | str = "",  # use this folder instead of a new one under `settings.runs_dir`
 ) -> Path:
     "Make the folder of one run and mark it as running; an earlier run's folder is never used again."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise EurosatError(f"name: got {name!r}, expected 1 to 64 letters, digits, '.', '-' or '_'")
-    base = (
-        Path(out).expanduser()
-        if out
-        else settings.runs_dir / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{name}"
-    )
-    if out and (base / "status.json").exists():
-        raise EurosatError(f"out: {base} already holds a run; name another folder, or none")
-    run, count = base, 1
-    while True:
-        try:
-            run.mkdir(parents=True, exist_ok=bool(out))
-            break
-        except FileExistsError:
-            if out:
-                raise EurosatError(f"out: {base} is a file; name a folder") from None
-            run, count = base.with_name(f"{base.name}-{count + 1}"), count + 1
+    run = Path(out).expanduser() if out else reserve_run(settings, name)
+    if (run / "status.json").exists():
+        raise EurosatError(f"out: {run} already holds a run; name another folder, or none")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise EurosatError(f"out: {run} is a file; name a folder") from None
     write_status(run, "running")
     return run
 
