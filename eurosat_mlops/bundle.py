@@ -123,8 +123,8 @@ def card_text(
     ]
     return f"""# Land-cover model {info["config"]["arch"]}
 {warning}
-Classifies tiles of {contract.tile_size} x {contract.tile_size} px ({contract.pixel_metres:g} m a pixel, {contract.level},
-bands {", ".join(contract.bands)}) into {len(info["classes"])} classes: {", ".join(info["classes"])}.
+Classifies tiles of {contract.tile_size} x {contract.tile_size} px ({contract.pixel_metres:g} m a pixel, level
+{contract.level}, bands {", ".join(contract.bands)}) into {len(info["classes"])} classes: {", ".join(info["classes"])}.
 
 Data: {data["name"]}, split {data["split"]}, content SHA-256 `{data["digest"][:16]}`.
 

@@ -1,0 +1,71 @@
+# One word for each job; `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train evaluate test prep export lint docs bench results lab clean
+
+help: ## List the jobs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Make .venv with the versions of constraints.txt; does nothing when it is there
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make setup: Python 3.11 or newer is needed, $(PYTHON) is not it; try: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make setup: $(PYTHON) has no venv; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV): some 300 packages, 7 GB on Linux, a few minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@if git rev-parse --git-dir >/dev/null 2>&1; then git config merge.jupyternotebook.driver "$(BIN)/nbdev-merge %O %A %B %P"; fi
+	@touch $@
+
+train: setup ## Train on EuroSAT (synthetic tiles where it cannot be had), then evaluate; ARGS="--lr 1e-3" changes a parameter
+	$(BIN)/eurosat train $(ARGS)
+	$(BIN)/eurosat evaluate
+
+evaluate: setup ## Evaluate the latest run on its test part; ARGS="--run NAME" for another
+	$(BIN)/eurosat evaluate $(ARGS)
+
+test: setup ## Run every notebook, then the tests, which must cover 90 % of the package
+	$(BIN)/pytest -q --nbval-lax --nbval-cell-timeout=300 nbs
+	$(BIN)/pytest --cov --cov-fail-under=90 tests
+
+prep: export test ## Before a commit: export, then test
+
+export: setup ## Format the notebooks, write modules and README.md from them, clean them
+	$(BIN)/ruff format --quiet nbs tests .ci
+	$(BIN)/nbdev-export
+	$(BIN)/ruff format --quiet eurosat_mlops
+	$(BIN)/nbdev-clean
+	$(BIN)/python .ci/preview.py readme
+
+lint: setup ## Check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: setup ## Preview the site in _docs/ and check its links (the published one is built by Quarto on GitHub)
+	$(BIN)/python .ci/preview.py site
+
+bench: setup ## Train once with the simple profiler and show where the time went
+	$(BIN)/eurosat train --name bench --profile simple $(ARGS)
+
+results: setup ## Train and evaluate the default recipe on both splits of EuroSAT; the README shows what comes out
+	set -e; for split in random spatial; do \
+		$(BIN)/eurosat train --data eurosat --split $$split --name $$split $(ARGS); \
+		$(BIN)/eurosat evaluate; \
+		mkdir -p nbs/results && cp runs/latest/metrics.json nbs/results/$$split.json; \
+	done
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace --execute nbs/index.ipynb
+	$(MAKE) export
+
+lab: setup ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+clean: ## Remove what is made again by itself; never data/, runs/ or models/
+	rm -rf _docs _proc build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
+	find nbs tests eurosat_mlops -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
