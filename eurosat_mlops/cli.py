@@ -14,6 +14,7 @@ __all__ = [
     "run_evaluate",
     "add_data",
     "run_data",
+    "record_version",
     "diagnose",
     "run_doctor",
     "make_parser",
@@ -24,11 +25,13 @@ __all__ = [
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -156,12 +159,31 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def run_data(given: argparse.Namespace) -> int:
     "Fetch EuroSAT, or verify the archive that is in the data folder."
-    from eurosat_mlops.fetch import fetch_eurosat, verify_eurosat
+    from eurosat_mlops.data import eurosat_files
+    from eurosat_mlops.fetch import ARCHIVE, fetch_eurosat, read_verified
 
     settings = load_settings()
-    path = fetch_eurosat(settings) if given.action == "fetch" else verify_eurosat(settings)
+    path = fetch_eurosat(settings) if given.action == "fetch" else settings.data_dir / ARCHIVE
+    if not path.is_file():
+        raise EurosatError(f"data: no EuroSAT at {path}; bring it here first: eurosat data fetch")
+    read_verified(path, eurosat_files())
+    record_version(settings.root)
     print(f"EuroSAT: 27,000 tiles, every one as published: {path}")
     return 0
+
+
+# %% ../nbs/60_cli.ipynb #record-version
+def record_version(
+    root: Path,  # the project's root
+) -> None:
+    "Let DVC take the data into its cache, where the project has a data.dvc and DVC is installed."
+    if not (root / "data.dvc").is_file() or find_spec("dvc") is None:
+        return
+    command = [sys.executable, "-m", "dvc", "commit", "--quiet", "data.dvc"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"})
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(f"eurosat: DVC did not record the data: {reason}", file=sys.stderr)
 
 
 # %% ../nbs/60_cli.ipynb #doctor-checks
@@ -240,7 +262,7 @@ def make_parser(
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for name, (text, add, run) in VERBS.items():
         each = verbs.add_parser(name, help=text, description=text)
-        each.set_defaults(run=run)
+        each.set_defaults(call=run)
         if name == verb:
             add(each)
     return parser
@@ -254,7 +276,7 @@ def main(
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         given = make_parser(next((w for w in words if w in VERBS), None)).parse_args(words)
-        return given.run(given)
+        return given.call(given)
     except EurosatError as error:
         print(f"eurosat: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 # %% ../nbs/00_core.ipynb #imports
+import errno
 import hashlib
 import json
 import logging
@@ -120,19 +121,21 @@ def atomic_path(
 ) -> Iterator[Path]:
     "Yield a path beside `path` to write to; it takes the place of `path` at the end, or vanishes on an error."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    work: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield work / path.name
         if (work / path.name).is_dir() and path.is_dir():
             path.rename(work / "old")
         os.replace(work / path.name, path)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        if error.errno != errno.ENOSPC:
             raise
         raise EurosatError(f"{path}: the disk is full; nothing was kept of it. Free some space and run again") from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 # %% ../nbs/00_core.ipynb #write-json
@@ -193,7 +196,7 @@ class _JsonLines(logging.Formatter):
 @contextmanager
 def log_to(
     run: Path,
-    level: str = "INFO",
+    level: str = "INFO",  # of the console; the file always holds INFO and above
 ) -> Iterator[None]:
     "Send the `eurosat` logger to standard error, and as JSON lines to log.jsonl in the run folder."
     if level.upper() not in logging.getLevelNamesMapping():
@@ -201,8 +204,9 @@ def log_to(
     console, file = logging.StreamHandler(sys.stderr), logging.FileHandler(run / "log.jsonl", encoding="utf-8")
     console.setFormatter(_Plain("%(message)s"))
     file.setFormatter(_JsonLines())
+    console.setLevel(level.upper())
     before, log.propagate = (log.level, log.propagate), False
-    log.setLevel(level.upper())
+    log.setLevel(min(logging.INFO, console.level))
     log.handlers += [console, file]
     try:
         yield

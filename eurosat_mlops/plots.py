@@ -78,13 +78,17 @@ PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook, once, without pyplot and its global state."
 
-    def _repr_png_(self) -> bytes:  # IPython asks for this; 256 colours make it a third of the size
+    def png(self) -> bytes:
+        "The picture as a PNG; 256 colours make it a third of the size."
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png")
         image = Image.open(drawn).convert("RGB")
         refine = 1 if image.getcolors(4096) else 0  # a drawing keeps its exact colours; photographs have too many
         image.quantize(256, kmeans=refine, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
+
+    def _repr_png_(self) -> bytes:  # IPython asks for this
+        return self.png()
 
 
 def new_picture(
@@ -233,7 +237,7 @@ def plot_history(
         raise EurosatError("history: got no epoch, expected one entry for each; train for one epoch at least")
     columns = ("epoch", "train_loss", "valid_loss", "accuracy", "lr")
     epoch, train, valid, accuracy, lr = np.array([[entry[name] for name in columns] for entry in history], float).T
-    best = int(accuracy.argmax())
+    best = max(range(len(history)), key=lambda i: (accuracy[i], -history[i]["valid_loss"]))  # as training chooses
     title = f"Validation accuracy reaches {accuracy[best]:.1%} in epoch {epoch[best]:.0f} of {epoch[-1]:.0f}"
     picture = new_picture(title, height=5.2)
     panels = picture.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.6))

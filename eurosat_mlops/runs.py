@@ -20,14 +20,15 @@ __all__ = [
 
 # %% ../nbs/35_runs.ipynb #imports
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from fastai.learner import Learner
+from IPython.display import Image
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
@@ -52,10 +53,8 @@ from .learner import TrainConfig, config_from, fit, make_learner, predict_logits
 from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
+from .plots import Picture
 from .track import Tracker
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/35_runs.ipynb #describe-data
 SYNTHETIC_NOTE = "built-in synthetic tiles, not satellite images; figures are for trying out only"
@@ -110,16 +109,17 @@ class Run:
     validation: Predictions
     metrics: dict[str, Any]  # metrics.json
 
-    def save(self, figure: "Figure", name: str) -> "Figure":
-        "Keep a figure as figures/<name>.png in the run folder, and hand it back to be shown."
+    def save(self, figure: Picture, name: str) -> Image:
+        "Keep a figure as figures/<name>.png in the run folder, and hand back what was kept to be shown."
         return save_figure(self.folder, figure, name)
 
 
-def save_figure(run: Path, figure: "Figure", name: str) -> "Figure":
-    "Keep a figure as figures/<name>.png in a run folder, and hand it back to be shown."
+def save_figure(run: Path, figure: Picture, name: str) -> Image:
+    "Keep a figure as figures/<name>.png in a run folder, and hand back what was kept to be shown."
     (run / "figures").mkdir(exist_ok=True)
-    figure.savefig(run / "figures" / f"{name}.png")
-    return figure
+    png = figure.png()
+    (run / "figures" / f"{name}.png").write_bytes(png)
+    return Image(data=png)
 
 
 # %% ../nbs/35_runs.ipynb #train
@@ -140,13 +140,11 @@ def train(
         write_json(folder / "config.json", asdict(config))
         origin = provenance(settings.root)
         data = describe_data(tileset)
-        log.info(
-            f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {config.device} {config.precision}"
-        )
+        log.info(f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {machine(config)}")
         mode = settings.wandb if config.wandb == "auto" else config.wandb
         with Tracker(folder, mode, asdict(config) | {"data_digest": tileset.digest, **origin}) as tracker:
-            learner = make_learner(config, tileset, tracker.log)
-            history, training = _fit(learner, config, folder)
+            learner = make_learner(config, tileset)
+            history, training = _fit(learner, config, folder, tracker.log)
             validation = _predict_part(learner.model, tileset, "val")
             metrics = {
                 "data": data,
@@ -164,17 +162,18 @@ def train(
 
 
 # %% ../nbs/35_runs.ipynb #fit-metered
-def _fit(learner: Learner, config: TrainConfig, folder: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    learner.add_cbs(profile_callbacks(config.profile, folder))
+def _fit(
+    learner: Learner, config: TrainConfig, folder: Path, on_metrics: Callable[[dict[str, float], int], None]
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
     began = time.perf_counter()
     with measure_energy(config.energy) as energy:
-        history = fit(learner, config)
+        history = fit(learner, config, on_metrics, profile_callbacks(config.profile, folder))
     seconds = time.perf_counter() - began
     learner.model.precision = torch.float32
     return history, {
         "parameters": sum(p.numel() for p in learner.model.parameters()),
         "epochs": len(history),
-        "best_epoch": learner.keep_best.best_epoch + 1,
+        "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
         "seconds": round(seconds, 2),
         "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
         "machine": machine(config),
@@ -265,8 +264,8 @@ class Evaluation:
     test: Predictions
     metrics: dict[str, Any]  # metrics.json
 
-    def save(self, figure: "Figure", name: str) -> "Figure":
-        "Keep a figure as figures/<name>.png in the run folder, and hand it back to be shown."
+    def save(self, figure: Picture, name: str) -> Image:
+        "Keep a figure as figures/<name>.png in the run folder, and hand back what was kept to be shown."
         return save_figure(self.folder, figure, name)
 
 

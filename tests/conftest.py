@@ -1,9 +1,14 @@
 """What the tests share: the project's folder, and real EuroSAT where it is present."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from eurosat_mlops.core import Settings
+from eurosat_mlops.fetch import fetch_eurosat
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -21,3 +26,14 @@ def archive(project: Path) -> Path:
     if not path.exists():
         pytest.skip("EuroSAT is not here; name its zip or folder in EUROSAT_ARCHIVE")
     return path
+
+
+@pytest.fixture(scope="session")
+def eurosat_settings(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    "A project in which EuroSAT was fetched and packed, once for all tests; they only read it."
+    root = tmp_path_factory.mktemp("eurosat")
+    places = {"data_dir": root / "data", "runs_dir": root / "runs", "models_dir": root / "models"}
+    settings = Settings(root, archive=str(archive), log_level="ERROR", **places)
+    fetch_eurosat(settings)
+    yield settings
+    shutil.rmtree(root)

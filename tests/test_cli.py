@@ -34,7 +34,8 @@ def test_train_and_evaluate_leave_notebooks_figures_and_metrics(place, capfd):
     assert read_json(run / "config.json")["lr"] == 0.001 and (place / "runs" / "latest").resolve() == run
     assert main(["evaluate"]) == 0
     assert {p.name for p in run.glob("*.ipynb")} == {"train.ipynb", "evaluate.ipynb"}
-    assert {"history.png", "confusion-test.png", "reliability-test.png"} <= {p.name for p in (run / "figures").iterdir()}
+    figures = {p.name for p in (run / "figures").iterdir()}
+    assert {"history.png", "confusion-test.png", "reliability-test.png"} <= figures
     printed = capfd.readouterr().out
     assert "test, stratified" in printed and "metrics.json" in printed and "NOTE" in printed and "synthetic" in printed
 

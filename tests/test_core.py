@@ -159,13 +159,14 @@ def test_a_planted_key_reaches_neither_log_nor_status(settings, monkeypatch, cap
     assert all("planted" not in text for text in texts) and redact("planted-key-0123456789") == "***"
 
 
-def test_the_log_is_json_lines_and_leaves_the_logger_as_it_was(tmp_path):
+def test_the_log_is_json_lines_and_leaves_the_logger_as_it_was(tmp_path, capsys):
     before = (log.level, log.propagate, list(log.handlers))
     with log_to(tmp_path, "warning"):
         log.info("quiet")
         log.warning("loud", extra={"data": {"epoch": 2}})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(e["message"], e["epoch"]) for e in lines] == [("loud", 2)]
+    assert [(e["message"], e.get("epoch")) for e in lines] == [("quiet", None), ("loud", 2)]
+    assert capsys.readouterr().err == "loud\n"
     assert before == (log.level, log.propagate, list(log.handlers))
     with pytest.raises(EurosatError, match="log_level"), log_to(tmp_path, "shout"):
         pass
@@ -182,7 +183,7 @@ def test_provenance_outside_a_repository_says_so(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
 def test_a_full_disk_is_said_in_a_sentence(tmp_path):
-    with pytest.raises(EurosatError, match="disk is full"), atomic_path(tmp_path / "a"):
-        with open("/dev/full", "wb", buffering=0) as full:
-            full.write(b"x")
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115  closed with the test
+    with pytest.raises(EurosatError, match="disk is full"), full, atomic_path(tmp_path / "a"):
+        full.write(b"x")
     assert not os.listdir(tmp_path)

@@ -69,15 +69,6 @@ def nothing_to_trust(settings: Settings, files: FileList) -> bool:
     return open_packed(settings, files) is None and not list(settings.data_dir.glob("**/tiles.npy"))
 
 
-@pytest.fixture(scope="module")
-def eurosat_settings(archive, tmp_path_factory) -> Iterator[Settings]:
-    folder = tmp_path_factory.mktemp("eurosat")
-    settings = settings_in(folder, archive)
-    fetch_eurosat(settings)
-    yield settings
-    shutil.rmtree(folder)
-
-
 def test_real_archive_loads_at_once_from_the_cache(eurosat_settings):
     seconds = []
     for _ in range(3):  # the best of three, since other work may share the machine

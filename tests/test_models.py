@@ -61,7 +61,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     save_file({"nonsense": torch.zeros(1)}, tmp_path / "other.safetensors")
     torch.save({"run": Path}, tmp_path / "code.pth")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, word in (("other.safetensors", "architecture"), ("code.pth", "plain tensors"), ("text.safetensors", "plain")):
+    wrong = {"other.safetensors": "architecture", "code.pth": "plain tensors", "text.safetensors": "plain tensors"}
+    for name, word in wrong.items():
         with pytest.raises(EurosatError, match=word):
             build_model("tilenet_s", 10, *STATISTICS, weights=str(tmp_path / name))
     with pytest.raises(EurosatError, match="no file"):

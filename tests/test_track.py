@@ -5,8 +5,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,28 @@ def test_a_server_out_of_reach_leaves_an_offline_run_within_20_s(
     out, err = capfd.readouterr()
     assert KEY not in out + err
     assert not [p for p in run.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
+
+def test_a_key_that_the_server_refuses_leaves_an_offline_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(401)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        began = time.monotonic()
+        with log_to(run), Tracker(run, "online") as tracker:
+            tracker.log({"loss": 0.25}, step=1)
+        server.shutdown()
+    assert time.monotonic() - began < 20 and tracker.mode == "offline"
+    assert any(row.get("loss") == 0.25 for row in wandb_history(wandb_records(run)))
+    assert KEY not in (run / "log.jsonl").read_text()
 
 
 def test_a_call_that_fails_is_said_once_and_the_run_goes_on(run: Path) -> None:
