@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'eurosat_mlops.cli._installed': ('cli.html#_installed', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli._machine': ('cli.html#_machine', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli._number': ('cli.html#_number', 'eurosat_mlops/cli.py'),
+                                   'eurosat_mlops.cli._tracking': ('cli.html#_tracking', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.add_data': ('cli.html#add_data', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.add_evaluate': ('cli.html#add_evaluate', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.add_train': ('cli.html#add_train', 'eurosat_mlops/cli.py'),

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from . import __version__
-from .core import EurosatError, load_settings, read_json, reserve_run
+from .core import EurosatError, Settings, load_settings, read_json, reserve_run
 
 
 # %% ../nbs/60_cli.ipynb #run-notebook
@@ -67,6 +67,7 @@ def run_notebook(
 
 # %% ../nbs/60_cli.ipynb #train-verb
 def add_train(parser: argparse.ArgumentParser) -> None:
+    "Give `train` a flag for each field of `TrainConfig`."
     from eurosat_mlops.learner import TrainConfig
 
     hints = get_type_hints(TrainConfig)
@@ -139,6 +140,7 @@ def report(
 
 # %% ../nbs/60_cli.ipynb #evaluate-verb
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    "Give `evaluate` its flags."
     parser.add_argument("--run", default="latest", help="a run's folder or its name under runs/ (default: latest)")
     parser.add_argument("--split", default="", help="whose test part is meant (default: the one trained on)")
 
@@ -154,6 +156,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
 
 # %% ../nbs/60_cli.ipynb #data-verb
 def add_data(parser: argparse.ArgumentParser) -> None:
+    "Give `data` its actions."
     parser.add_argument("action", choices=("fetch", "verify"), help="bring EuroSAT here, or check what is here")
 
 
@@ -198,7 +201,7 @@ def diagnose() -> list[tuple[str, bool | None, str]]:
     ]
     for package in ("torch", "torchvision", "fastai", "timm", "papermill", "wandb"):
         rows.append((package, *_installed(package)))
-    return rows + _machine() + _data(settings)
+    return rows + _machine() + _data(settings) + _tracking(settings)
 
 
 def _installed(package: str) -> tuple[bool, str]:
@@ -222,18 +225,20 @@ def _machine() -> list[tuple[str, bool | None, str]]:
     return [("device", True, f"{chosen.device} ({name}), {chosen.precision}")]
 
 
-def _data(settings: Any) -> list[tuple[str, bool | None, str]]:
+def _data(settings: Settings) -> list[tuple[str, bool | None, str]]:
     archive = settings.data_dir / "EuroSAT_RGB.zip"
     found = f"{archive} ({archive.stat().st_size / 1e6:.0f} MB)" if archive.is_file() else ""
     named = f"named by the archive setting: {settings.archive}" if settings.archive else ""
     if settings.archive and not Path(settings.archive).expanduser().exists():
         return [("data", False, f"{named}, which does not exist")]
-    key = "a key is set" if os.environ.get("WANDB_API_KEY", "").strip() else "no key, runs are tracked offline"
     missing = "EuroSAT is not here; eurosat data fetch, or train on synthetic tiles"
-    return [
-        ("data", True if found or named else None, found or named or missing),
-        ("wandb mode", True, f"{settings.wandb}; {key}"),
-    ]
+    return [("data", True if found or named else None, found or named or missing)]
+
+
+def _tracking(settings: Settings) -> list[tuple[str, bool | None, str]]:
+    from eurosat_mlops.track import resolve_mode
+
+    return [("tracking", True, f"W&B {resolve_mode(settings.wandb)}")]
 
 
 def run_doctor(_: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def test_the_doctor_names_what_it_finds(place, capsys, monkeypatch):
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "FAULT" in printed and "nowhere.zip" in printed and "planted" not in printed
-    assert {what for what, _, _ in diagnose()} >= {"python", "disk", "torch", "device", "data", "wandb mode"}
+    assert {what for what, _, _ in diagnose()} >= {"python", "disk", "torch", "device", "data", "tracking"}
 
 
 def test_papermill_records_the_parameter_from_a_folder_of_ones_own(place, project):
