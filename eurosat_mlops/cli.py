@@ -162,8 +162,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def run_data(given: argparse.Namespace) -> int:
     "Fetch EuroSAT, or verify the archive that is in the data folder."
-    from eurosat_mlops.data import eurosat_files
-    from eurosat_mlops.fetch import ARCHIVE, fetch_eurosat, read_verified
+    from eurosat_mlops.data import eurosat_files, find_duplicates, find_leaks
+    from eurosat_mlops.fetch import ARCHIVE, fetch_eurosat, load_eurosat, read_verified
 
     settings = load_settings()
     path = fetch_eurosat(settings) if given.action == "fetch" else settings.data_dir / ARCHIVE
@@ -172,6 +172,10 @@ def run_data(given: argparse.Namespace) -> int:
     read_verified(path, eurosat_files())
     record_version(settings.root)
     print(f"EuroSAT: 27,000 tiles, every one as published: {path}")
+    splits = {split: load_eurosat(settings, split) for split in ("random", "spatial")}
+    print(f"tiles that are equal pixel for pixel: {len(find_duplicates(splits['random']))}")
+    for split, tileset in splits.items():
+        print(f"leaks between the parts of the {split} split: {len(find_leaks(tileset))}")
     return 0
 
 

@@ -305,7 +305,7 @@ def _read_images(path: Path | str, size: int, workers: int) -> tuple[list[str], 
             raise EurosatError(f"{path}: no image in it, expected class/image with {', '.join(IMAGE_SUFFIXES)}")
         tiles, hashes = np.empty((len(images), size, size, 3), np.uint8), []
         decoded = pool.map(partial(_decode_hashed, read, size), images)
-        for row, (tile, key) in enumerate(tqdm(decoded, "reading images", len(images), disable=None)):
+        for row, (tile, key) in enumerate(tqdm(decoded, "reading images", len(images), delay=2)):
             tiles[row] = tile
             hashes.append(key)
     top = posixpath.commonpath([str(PurePosixPath(member).parent.parent) for member in images])

@@ -102,7 +102,7 @@ def _receive(url: str, part: Path, max_bytes: int, timeout: float) -> None:
         total = start + int(headers["Content-Length"]) if headers["Content-Length"] else None
         file.seek(start)
         file.truncate()
-        with tqdm(desc="downloading", total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(desc="downloading", total=total, initial=start, unit="B", unit_scale=True, delay=2) as bar:
             while (total or start) <= max_bytes and (block := answer.read(1 << 20)):
                 file.write(block)
                 start += len(block)
@@ -250,7 +250,7 @@ def pack_tiles(
             shape = {"descr": "|u1", "fortran_order": False, "shape": (len(content), 64, 64, 3)}
             np.lib.format.write_array_header_1_0(file, shape)
             decoded = pool.map(lambda item: decode_image(item[1], 64, item[0]).tobytes(), content.items())
-            for tile in tqdm(decoded, "decoding", len(content), disable=None):
+            for tile in tqdm(decoded, "decoding", len(content), delay=2):
                 file.write(tile)
         write_json(tmp / "made_from.json", _origin(settings, tmp, digest))
 

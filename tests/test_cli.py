@@ -121,3 +121,17 @@ def test_papermill_takes_a_file_of_parameters(place, project):
     done = papermill(project, place, "-f", str(project / "nbs" / "experiments" / "smoke.yaml"), "-p", "epochs", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(place.glob("runs/*-smoke/metrics.json"))) == 1
+
+
+def test_fetched_data_is_reported_and_pinned(eurosat_settings, project, place, capsys, monkeypatch):
+    subprocess.run(["git", "init", "-q"], check=True)
+    for name in (".dvc", ".dvcignore", "data.dvc", "settings.ini"):
+        (shutil.copytree if (project / name).is_dir() else shutil.copy)(project / name, place / name)
+    shutil.copytree(eurosat_settings.data_dir, place / "data")
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    assert main(["data", "fetch"]) == 0
+    printed = capsys.readouterr()
+    assert "27,000 tiles" in printed.out and "leaks between the parts of the spatial split: 0" in printed.out
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True, check=True)
+    assert "up to date" in status.stdout and not printed.err
+    assert main(["data", "verify"]) == 0
