@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'eurosat_mlops.cli.add_evaluate': ('cli.html#add_evaluate', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.add_train': ('cli.html#add_train', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.diagnose': ('cli.html#diagnose', 'eurosat_mlops/cli.py'),
+                                   'eurosat_mlops.cli.hush': ('cli.html#hush', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.main': ('cli.html#main', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.make_parser': ('cli.html#make_parser', 'eurosat_mlops/cli.py'),
                                    'eurosat_mlops.cli.read_parameters': ('cli.html#read_parameters', 'eurosat_mlops/cli.py'),

@@ -18,6 +18,7 @@ __all__ = [
     "diagnose",
     "run_doctor",
     "make_parser",
+    "hush",
     "main",
 ]
 
@@ -27,6 +28,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from . import __version__
-from .core import EurosatError, Settings, load_settings, read_json, reserve_run
+from .core import EurosatError, Settings, load_settings, read_json, reserve_run, write_status
 
 
 # %% ../nbs/60_cli.ipynb #run-notebook
@@ -60,6 +62,8 @@ def run_notebook(
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
+        if not (folder / "status.json").exists():  # it failed before the run began
+            write_status(folder, "failed", f"{error.ename}: {error.evalue}")
         if error.ename == "EurosatError":
             raise EurosatError(error.evalue) from None
         raise
@@ -277,12 +281,20 @@ def make_parser(
     return parser
 
 
+# %% ../nbs/60_cli.ipynb #hush
+def hush() -> None:
+    "Leave out the import warnings of timm and tqdm, here and in the kernels of the run notebooks."
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore:IProgress not found")
+
+
 # %% ../nbs/60_cli.ipynb #main
 def main(
     argv: Sequence[str] | None = None,  # the words after `eurosat`; those of the process if None
 ) -> int:
     "Run a verb; the value is the exit status: 0 good, 1 a fault was found, 2 a mistake a person can mend."
     words = list(sys.argv[1:] if argv is None else argv)
+    hush()
     try:
         given = make_parser(next((w for w in words if w in VERBS), None)).parse_args(words)
         return given.call(given)

@@ -63,6 +63,9 @@ def test_a_mistake_that_shows_late_is_a_sentence_too(place, capfd):
     (place / "empty").mkdir()
     assert main(["train", "--data", str(place / "empty"), "--wandb", "off"]) == 2
     assert "eurosat: " in capfd.readouterr().err.splitlines()[-1]
+    (run,) = (place / "runs").iterdir()
+    status = read_json(run / "status.json")
+    assert status["state"] == "failed" and "empty" in status["reason"]
 
 
 def test_a_file_of_parameters_comes_before_flags(place, project):
