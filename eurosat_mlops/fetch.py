@@ -296,7 +296,7 @@ def _read_somewhere(settings: Settings, files: FileList) -> dict[str, bytes]:
         try:
             return read_verified(download(url, arrived, max_bytes=1 << 29), files)
         except EurosatError as error:
-            log.info("%s", error)
+            log.warning("%s", error)
             errors.append(error)
         finally:
             arrived.unlink(missing_ok=True)
