@@ -64,7 +64,7 @@ results: setup ## Train and evaluate the default recipe on both splits of EuroSA
 	$(MAKE) export
 
 lab: setup ## Open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $(ARGS)
 
 clean: ## Remove what is made again by itself; never data/, runs/ or models/
 	rm -rf _docs _proc build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
