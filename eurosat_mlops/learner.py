@@ -169,10 +169,11 @@ class AverageWeights(Callback):
         self.decay = decay
 
     def before_fit(self) -> None:
-        average = get_ema_multi_avg_fn(self.decay)
-        self.average = AveragedModel(self.learn.model, multi_avg_fn=average, use_buffers=True)
+        self.steps, self.average = 0, AveragedModel(self.learn.model, use_buffers=True)
 
     def after_step(self) -> None:
+        self.steps += 1
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, self.steps / (10 + self.steps)))
         self.average.update_parameters(self.learn.model)
 
     def before_validate(self) -> None:

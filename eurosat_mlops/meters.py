@@ -38,10 +38,8 @@ from .core import EurosatError, log, write_json
 class _Phases(Callback):
     "Adds up the seconds between fastai's events, each stretch under the phase that ends with it."
 
-    order, run_valid = (
-        99,
-        False,
-    )  # after the other callbacks; a validation is one stretch, its batches are not told apart
+    order = 99  # after the other callbacks
+    run_valid = False  # a validation is one stretch, its batches are not told apart
 
     def __init__(self) -> None:
         self.phases: defaultdict[str, float] = defaultdict(float)

@@ -54,7 +54,7 @@ from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
 from .plots import Picture
-from .track import Tracker
+from .track import Tracker, resolve_mode
 
 # %% ../nbs/35_runs.ipynb #describe-data
 SYNTHETIC_NOTE = "built-in synthetic tiles, not satellite images; figures are for trying out only"
@@ -130,7 +130,8 @@ def train(
 ) -> Run:
     "Train, calibrate and bundle in a run folder of its own; `runs/latest` points to it when it is whole."
     settings = settings or load_settings()
-    config = resolve(config)
+    mode = resolve_mode(settings.wandb if config.wandb == "auto" else config.wandb)
+    config = replace(resolve(config), wandb=mode)
     if tileset is None:
         tileset = load_tiles(config.data, config.split, settings, config.seed, config.workers, config.size)
     if config.data == "auto":
@@ -141,7 +142,6 @@ def train(
         origin = provenance(settings.root)
         data = describe_data(tileset)
         log.info(f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {machine(config)}")
-        mode = settings.wandb if config.wandb == "auto" else config.wandb
         with Tracker(folder, mode, asdict(config) | {"data_digest": tileset.digest, **origin}) as tracker:
             learner = make_learner(config, tileset)
             history, training = _fit(learner, config, folder, tracker.log)
