@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate test prep export lint docs bench results lab clean
+.PHONY: help setup train evaluate release test prep export lint docs bench results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ train: setup ## Train on EuroSAT (synthetic tiles where it cannot be had), then 
 
 evaluate: setup ## Evaluate the latest run on its test part; ARGS="--run NAME" for another
 	$(BIN)/eurosat evaluate $(ARGS)
+
+release: setup ## Make a release candidate of the latest run: int8, parity, latency, the gate; ARGS="--run NAME" for another
+	$(BIN)/eurosat release $(ARGS)
 
 test: setup ## Run every notebook, then the tests, which must cover 90 % of the package
 	$(BIN)/pytest -q --nbval-lax --nbval-cell-timeout=300 nbs
@@ -54,10 +57,11 @@ docs: setup ## Preview the site in _docs/ and check its links (the published one
 bench: setup ## Train once with the simple profiler and show where the time went
 	$(BIN)/eurosat train --name bench --profile simple $(ARGS)
 
-results: setup ## Train and evaluate the default recipe on both splits of EuroSAT; the README shows what comes out
+results: setup ## Train, evaluate and release the default recipe on both splits of EuroSAT; the README shows what comes out
 	set -e; for split in random spatial; do \
 		$(BIN)/eurosat train --data eurosat --split $$split --name $$split $(ARGS); \
 		$(BIN)/eurosat evaluate; \
+		$(BIN)/eurosat release; \
 		mkdir -p nbs/results && cp runs/latest/metrics.json nbs/results/$$split.json; \
 	done
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace --execute nbs/index.ipynb

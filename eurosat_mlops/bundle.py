@@ -6,43 +6,49 @@
 __all__ = [
     "SCHEMA_VERSION",
     "MANIFEST",
+    "GRAPHS",
+    "REQUIRED_FILES",
     "REQUIRED",
     "Bundle",
+    "read_arrays",
+    "to_arrays",
+    "graph_name",
+    "bundle_answers",
     "check_info",
     "write_bundle",
     "card_text",
     "verify_bundle",
     "read_bundle",
+    "update_bundle",
     "add_metrics",
 ]
 
 # %% ../nbs/30_bundle.ipynb #imports
 import hashlib
+import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .bands import InputContract, contract_from_dict
-from .core import EurosatError, atomic_path, read_json, sha256_file
+from .core import EurosatError, atomic_path, sha256_file
 
 # %% ../nbs/30_bundle.ipynb #bundle-schema
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "MANIFEST.sha256"
+GRAPHS = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+REQUIRED_FILES = ("model.onnx", "weights.safetensors", "reference.npz", "bundle.json", "card.md")
 REQUIRED = (
-    "schema_version",
-    "classes",
-    "contract",
-    "temperature",
-    "metrics",
-    "config",
-    "data",
-    "provenance",
-    "created",
+    *("classes", "contract", "temperature", "precision", "limits", "metrics"),
+    *("config", "data", "graphs", "licence", "provenance", "created"),
 )
 
 
+# %% ../nbs/30_bundle.ipynb #bundle-class
 @dataclass(frozen=True)
 class Bundle:
     "A verified bundle."
@@ -50,6 +56,21 @@ class Bundle:
     folder: Path
     id: str  # SHA-256 of the manifest, 64 hex digits
     info: dict[str, Any]  # bundle.json
+    hashes: Mapping[str, str]  # file -> SHA-256, from the manifest
+
+    def read(self, name: str) -> bytes:
+        "The content of one file, the bytes that are returned being those whose hash is checked."
+        if name not in self.hashes:
+            raise EurosatError(f"{self.folder}: no {name} in this bundle; it holds {', '.join(self.hashes)}")
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise EurosatError(f"{self.folder / name}: gone; the bundle is damaged, fetch it again") from None
+        if hashlib.sha256(content).hexdigest() != self.hashes[name]:
+            raise EurosatError(
+                f"{self.folder / name}: differs from the manifest; the bundle is damaged, fetch it again"
+            )
+        return content
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -62,6 +83,57 @@ class Bundle:
     @property
     def temperature(self) -> float:
         return float(self.info["temperature"])
+
+    @property
+    def precision(self) -> str:  # fp32 or int8: the graph that answers unless another is asked for
+        return str(self.info["precision"])
+
+    @property
+    def reference(self) -> dict[str, np.ndarray]:
+        "The arrays of reference.npz, see `runs.describe_validation`."
+        return read_arrays(self.read("reference.npz"))
+
+
+# %% ../nbs/30_bundle.ipynb #read-arrays
+def read_arrays(
+    content: bytes,  # of a .npz file
+) -> dict[str, np.ndarray]:
+    "All arrays of an npz file; objects are refused."
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def to_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    "The arrays as an npz file; equal arrays give equal bytes."
+    buffer, named = io.BytesIO(), dict[str, Any](sorted(arrays.items()))
+    np.savez(buffer, **named)
+    return buffer.getvalue()
+
+
+# %% ../nbs/30_bundle.ipynb #bundle-graph
+def graph_name(
+    bundle: Bundle,
+    precision: str = "",  # fp32 or int8; empty for the one that the bundle serves by default
+) -> str:
+    "The file of the graph in that precision."
+    wanted = precision or bundle.precision
+    if GRAPHS.get(wanted) not in bundle.hashes:
+        held = [p for p, name in GRAPHS.items() if name in bundle.hashes]
+        raise EurosatError(f"precision: got {wanted!r}, expected one that this bundle holds: {', '.join(held)}")
+    return GRAPHS[wanted]
+
+
+def bundle_answers(
+    bundle: Bundle,
+    part: str,  # as in the metrics, e.g. "test, random"
+) -> tuple[np.ndarray, np.ndarray] | None:  # true and predicted labels, int64 (n,) each; None if never evaluated
+    "What the bundle answered, tile by tile, when that part was evaluated."
+    if "answers.npz" not in bundle.hashes:
+        return None
+    arrays = read_arrays(bundle.read("answers.npz"))
+    if f"{part}/labels" not in arrays:
+        return None
+    return arrays[f"{part}/labels"].astype(np.int64), arrays[f"{part}/predicted"].astype(np.int64)
 
 
 # %% ../nbs/30_bundle.ipynb #check-info
@@ -81,6 +153,8 @@ def check_info(
         raise EurosatError(f"{where}: classes are {info['classes']}, expected two or more different names")
     if not 0 < float(info["temperature"]) < 1000:
         raise EurosatError(f"{where}: temperature is {info['temperature']}, expected a number above 0")
+    if info["precision"] not in GRAPHS or set(info["limits"]) != {"confidence", "distance"}:
+        raise EurosatError(f"{where}: precision or limits are not what this version writes; make the bundle again")
     contract_from_dict(info["contract"])
 
 
@@ -91,8 +165,10 @@ def write_bundle(
     files: Mapping[str, bytes],  # name -> content of the other files, such as weights.safetensors
 ) -> Bundle:
     "Write a bundle and read it back, verified."
-    described = {"schema_version": SCHEMA_VERSION, **info}
+    described = {**info, "schema_version": SCHEMA_VERSION}
     check_info(described, folder)
+    if missing := sorted(set(REQUIRED_FILES) - set(files) - {"bundle.json", "card.md"}):
+        raise EurosatError(f"{folder}: a bundle needs {', '.join(missing)} too")
     text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents = {**files, "bundle.json": text.encode(), "card.md": card_text(described).encode()}
     with atomic_path(folder) as tmp:
@@ -104,54 +180,84 @@ def write_bundle(
     return read_bundle(folder)
 
 
+# %% ../nbs/30_bundle.ipynb #card-rows
+def _figures(metrics: Mapping[str, Any]) -> str:
+    "One table row for each part that was measured."
+    return "\n".join(
+        f"| {part} | {m['n']:,} | {100 * m['accuracy']['value']:.2f} ({100 * m['accuracy']['low']:.2f} to "
+        f"{100 * m['accuracy']['high']:.2f}) | {100 * m['macro_f1']['value']:.2f} | {m['ece']:.4f} |"
+        for part, m in metrics.items()
+    )
+
+
+def _graphs(graphs: Mapping[str, Mapping[str, Any]]) -> str:
+    "One line for each graph: its size and its parity with the network, or why it is not shipped."
+    lines = []
+    for precision, found in graphs.items():
+        if "refused" in found:
+            lines.append(f"- {precision}: not shipped, {found['refused']}")
+            continue
+        parity = "; ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in found.items() if name != "bytes")
+        lines.append(f"- {precision}: {found['bytes'] / 1e6:.2f} MB" + (f"; {parity}" if parity else ""))
+    return "\n".join(lines)
+
+
 # %% ../nbs/30_bundle.ipynb #card-text
 def card_text(
     info: Mapping[str, Any],  # bundle.json
 ) -> str:
-    "The model card in Markdown: what it is for, on what it was trained, how good it is, what it cannot do."
-    contract, data = contract_from_dict(info["contract"]), info["data"]
-    synthetic = data["name"] == "synthetic"
-    warning = (
-        "\n**Trained on built-in synthetic tiles, not on satellite images: for trying out only.**\n"
-        if synthetic
-        else ""
-    )
-    rows = [
-        f"| {part} | {m['n']:,} | {100 * m['accuracy']['value']:.2f} ({100 * m['accuracy']['low']:.2f} to "
-        f"{100 * m['accuracy']['high']:.2f}) | {100 * m['macro_f1']['value']:.2f} | {m['ece']:.4f} |"
-        for part, m in info["metrics"].items()
-    ]
+    "The model card in Markdown (Mitchell et al. 2019): use, limits, data, figures with intervals, energy, licences."
+    contract, data, limits = contract_from_dict(info["contract"]), info["data"], info["limits"]
+    licence = info["licence"]
+    ground = f", {contract.pixel_metres:g} m a pixel" if contract.pixel_metres else ""
+    joules = info.get("energy", {}).get("joules")
+    energy = "not measured" if joules is None else f"{joules:,.0f} J ({info['energy']['method']})"
+    drawn = data.get("note") or ("built-in synthetic tiles" if data["name"] == "synthetic" else "")
+    note = f"\n**Trained on {drawn}.**\n" if drawn else ""
     return f"""# Land-cover model {info["config"]["arch"]}
-{warning}
-Classifies tiles of {contract.tile_size} x {contract.tile_size} px ({contract.pixel_metres:g} m a pixel, level
-{contract.level}, bands {", ".join(contract.bands)}) into {len(info["classes"])} classes: {", ".join(info["classes"])}.
+{note}
+**Use.** Classifies tiles of {contract.tile_size} x {contract.tile_size} px (level {contract.level}, bands
+{", ".join(contract.bands)}{ground}) into {len(info["classes"])} classes: {", ".join(info["classes"])}.
 
-Data: {data["name"]}, split {data["split"]}, content SHA-256 `{data["digest"][:16]}`.
+**Not for** scenes that cannot be brought to that contract, places and seasons without an evaluation there, or a
+decision about a single parcel. Neighbouring tiles lie in different parts of a random split: its figures flatter.
+
+**Data.** {data["name"]}, split {data["split"]}, content SHA-256 `{data["digest"][:16]}`; {licence["data"]}.
 
 | part | tiles | accuracy %, 95 % interval | macro F1 % | calibration error |
 |---|---|---|---|---|
-{chr(10).join(rows)}
+{_figures(info["metrics"])}
 
-Not for: scenes that cannot be brought to the contract above, other continents without an evaluation there, or any
-decision about a single parcel. Neighbouring tiles lie in different parts of a random split, so its figures flatter.
+**Doubt.** An answer is called uncertain below a confidence of {limits["confidence"]:.3f}, and unfamiliar above an
+embedding distance of {limits["distance"]:.3g}; both limits come from validation tiles.
+
+**Graphs**, {info["precision"]} by default:
+
+{_graphs(info["graphs"])}
+
+**Energy** of training: {energy}. **Licence** of the weights: {licence["weights"]}.
 """
 
 
-# %% ../nbs/30_bundle.ipynb #verify-bundle
-def verify_bundle(
-    folder: Path | str,
-) -> str:  # the bundle's id
-    "Check that the folder holds exactly the files of its manifest, bit for bit."
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise EurosatError(f"{folder}: no bundle here ({MANIFEST} is missing); name a bundle's folder")
+# %% ../nbs/30_bundle.ipynb #read-manifest
+def _manifest(folder: Path) -> tuple[str, dict[str, str]]:
+    "The bundle's id, and file name -> SHA-256."
     try:
-        lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        content = (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise EurosatError(f"{folder}: no bundle here ({MANIFEST} is missing); name a bundle's folder") from None
+    try:
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in content.decode().splitlines())}
     except ValueError:
         raise EurosatError(
             f"{folder / MANIFEST}: not a list of hashes; the bundle is damaged, fetch it again"
         ) from None
+    return hashlib.sha256(content).hexdigest(), listed
+
+
+# %% ../nbs/30_bundle.ipynb #verify-bundle
+def _verified(folder: Path) -> tuple[str, dict[str, str]]:
+    found, listed = _manifest(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
     if present != set(listed):
         missing, extra = sorted(set(listed) - present), sorted(present - set(listed))
@@ -159,7 +265,14 @@ def verify_bundle(
     for name, digest in listed.items():
         if sha256_file(folder / name) != digest:
             raise EurosatError(f"{folder / name}: differs from the manifest; the bundle is damaged, fetch it again")
-    return sha256_file(folder / MANIFEST)
+    return found, listed
+
+
+def verify_bundle(
+    folder: Path | str,
+) -> str:  # the bundle's id
+    "Check that the folder holds exactly the files of its manifest, bit for bit."
+    return _verified(Path(folder))[0]
 
 
 # %% ../nbs/30_bundle.ipynb #read-bundle
@@ -167,22 +280,41 @@ def read_bundle(
     folder: Path | str,
 ) -> Bundle:
     "Verify a bundle, then read its description."
-    found = verify_bundle(folder)
-    if not (Path(folder) / "bundle.json").is_file():
-        raise EurosatError(f"{folder}: the bundle has no bundle.json; make it again")
-    info = read_json(Path(folder) / "bundle.json")
-    check_info(info, folder)
-    return Bundle(Path(folder), found, info)
+    found, hashes = _verified(Path(folder))
+    bundle = Bundle(Path(folder), found, {}, hashes)
+    if "bundle.json" in hashes:  # first of all, since it says which version wrote the bundle
+        bundle = replace(bundle, info=json.loads(bundle.read("bundle.json")))
+        check_info(bundle.info, folder)
+    if missing := sorted(set(REQUIRED_FILES) - set(hashes)):
+        raise EurosatError(f"{folder}: the bundle has no {', '.join(missing)}; make it again")
+    return bundle
 
 
 # %% ../nbs/30_bundle.ipynb #update-bundle
+def update_bundle(
+    folder: Path | str,  # of a bundle
+    changes: Mapping[str, Any],  # entries of bundle.json that replace those of the same name
+    files: Mapping[str, bytes | None],  # that are added or replaced; None takes one out
+) -> Bundle:
+    "Write the bundle anew with these changes."
+    old = read_bundle(folder)
+    kept = {name: old.read(name) for name in old.hashes if name not in ("bundle.json", "card.md")}
+    contents = {name: content for name, content in {**kept, **files}.items() if content is not None}
+    return write_bundle(folder, {**old.info, **changes}, contents)
+
+
+# %% ../nbs/30_bundle.ipynb #add-metrics
 def add_metrics(
     folder: Path | str,  # of a bundle
     part: str,  # what was measured, e.g. "test, random"
     metrics: Mapping[str, Any],  # as `metrics.classification_report` makes them
+    labels: np.ndarray,  # true, int (n,)
+    predicted: np.ndarray,  # int (n,)
 ) -> Bundle:
-    "Write the bundle anew with one more set of figures."
+    "Write the bundle anew with one more set of figures, and the answers that they were made from."
     old = read_bundle(folder)
-    made = ("bundle.json", "card.md", MANIFEST)
-    files = {p.name: p.read_bytes() for p in old.folder.iterdir() if p.name not in made}
-    return write_bundle(folder, {**old.info, "metrics": {**old.info["metrics"], part: metrics}}, files)
+    answers = read_arrays(old.read("answers.npz")) if "answers.npz" in old.hashes else {}
+    added = {f"{part}/labels": labels.astype(np.int16), f"{part}/predicted": predicted.astype(np.int16)}
+    return update_bundle(
+        folder, {"metrics": {**old.info["metrics"], part: metrics}}, {"answers.npz": to_arrays(answers | added)}
+    )

@@ -32,6 +32,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -94,6 +95,25 @@ class Settings:
     models_dir: Path = Path("models")
     wandb: str = "auto"  # auto: online with a key, offline without; online, offline, off
     log_level: str = "INFO"
+    registry: str = (
+        ""  # the store of released versions, a folder or a URL such as gs://bucket/models; empty: models_dir
+    )
+    registry_key: str = ""  # a public key file: what becomes production must be signed with its private half
+    wandb_allowed: str = ""  # artifacts that may be pulled from W&B, as entity/project/name, comma-separated
+    gate_latency_ms: float = 5.0  # most that a model in production may take for one tile, p50, one thread
+    gate_calibration: float = 0.03  # its largest expected calibration error
+    gate_megabytes: float = 50.0  # its largest graph
+
+
+# %% ../nbs/00_core.ipynb #read-limit
+def _limit(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise EurosatError(f"{name}: got {text.strip()!r}, expected a number above 0; mend it in {SETTINGS_FILE}")
+    return value
 
 
 # %% ../nbs/00_core.ipynb #load-settings
@@ -106,11 +126,13 @@ def load_settings(
     found = _read_ini(root / SETTINGS_FILE) if (root / SETTINGS_FILE).is_file() else {}
     if unknown := sorted(set(found) - set(names)):
         raise EurosatError(f"{root / SETTINGS_FILE}: unknown setting {unknown[0]!r}; allowed: {', '.join(names)}")
-    if found.get("archive"):
-        found["archive"] = str(root / Path(found["archive"]).expanduser())
+    for name in ("archive", "registry_key"):
+        if found.get(name):
+            found[name] = str(root / Path(found[name]).expanduser())
     found |= {n: os.environ[f"EUROSAT_{n.upper()}"] for n in names if f"EUROSAT_{n.upper()}" in os.environ}
     paths = {n: root / Path(found[n] if n in found else getattr(Settings, n)) for n in names if n.endswith("_dir")}
-    values: dict[str, Any] = {**{k: v.strip() for k, v in found.items()}, **paths}
+    limits = {f.name: _limit(f.name, found[f.name]) for f in fields(Settings) if f.type is float and f.name in found}
+    values: dict[str, Any] = {**{k: v.strip() for k, v in found.items()}, **paths, **limits}
     return Settings(root=root, **values)
 
 

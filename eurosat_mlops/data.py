@@ -10,7 +10,9 @@ __all__ = [
     "EUROSAT_DIGEST",
     "EUROSAT_SPLITS",
     "IMAGE_SUFFIXES",
+    "IMAGE_FORMATS",
     "MAX_PIXELS",
+    "MAX_BYTES",
     "TileSet",
     "content_digest",
     "FileList",
@@ -40,15 +42,14 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .bands import IMAGE_RGB, InputContract
@@ -261,37 +262,81 @@ def open_source(
         yield sorted(visible), read
 
 
-# %% ../nbs/11_data.ipynb #decode-image
+# %% ../nbs/11_data.ipynb #check-header
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MAX_PIXELS = 100_000_000
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+MAX_PIXELS, MAX_BYTES = 1 << 22, 1 << 24  # of a picture, and of the file that holds it
 
 
+def _check_header(image: ImageFile.ImageFile, name: str) -> None:
+    "Refuse what is too large, too deep, or several pictures in one, before a pixel of it is decoded."
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})  # of a TIFF; 322 and 323 are the sides of its blocks
+    if (pixels := max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0))) > MAX_PIXELS:
+        raise EurosatError(f"{name}: {pixels:,} px at once, expected at most {MAX_PIXELS:,}; cut it or scale it down")
+    deep = image.format in ("PNG", "TIFF") and (";16" in str(image.tile) or max(tags.get(258, (8,))) > 8)
+    if deep or image.mode.startswith(("I", "F")):
+        raise EurosatError(f"{name}: its pixels have more than 8 bits ({image.mode}); convert it to 8-bit RGB")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise EurosatError(f"{name}: holds several pictures, expected one; save the one that is meant by itself")
+
+
+# %% ../nbs/11_data.ipynb #to-square
+def _to_square(image: Image.Image, size: int) -> np.ndarray:
+    "Upright RGB of one size; resized before all else that would copy the whole picture."
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at the half, quarter or eighth that suffices
+    image.load()
+    if image.has_transparency_data:
+        image = image.convert("RGBA").convert("RGBa")  # colours times alpha, which is how they look over black
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(image if image.mode == "RGBa" else image.convert("RGB"))[..., :3]
+
+
+# %% ../nbs/11_data.ipynb #plain-jpeg
+_PLAIN_SEGMENTS = {b"\xff\xe0", b"\xff\xdb", b"\xff\xc0", b"\xff\xc4"}  # JFIF, quantisation, frame, Huffman codes
+
+
+def _plain_jpeg(data: bytes, size: int) -> np.ndarray | None:
+    "The pixels of a whole three-channel JPEG of that size without metadata; None for any other file."
+    place, frame = 2, b""
+    while (marker := data[place : place + 2]) in _PLAIN_SEGMENTS:
+        frame = data[place + 4 : place + 10] if marker == b"\xff\xc0" else frame
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    if data[:2] + frame + marker == b"\xff\xd8\x08" + 2 * size.to_bytes(2) + b"\x03\xff\xda":
+        with suppress(OSError, ValueError):
+            return np.asarray(Image.frombytes("RGB", (size, size), data, "jpeg", "RGB", ""))
+    return None
+
+
+# %% ../nbs/11_data.ipynb #decode-image
 def decode_image(
     data: bytes,  # an encoded image
     size: int,  # px, height and width of the result
     name: str,  # for the error
+    resize: bool = True,  # whether a picture of another size is brought to this one, or refused
 ) -> np.ndarray:  # uint8, shape (size, size, 3)
-    "Decode an image to 8-bit RGB of the given size, or say which one does not decode."
+    "Decode an image to 8-bit RGB of the given size; whatever is wrong with it raises `EurosatError`."
+    if (plain := _plain_jpeg(data, size)) is not None:
+        return plain
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise EurosatError(f"{name}: {image.width} x {image.height} px; expected at most {MAX_PIXELS:,} px")
-            if image.mode.startswith(("I", "F")):
-                raise EurosatError(f"{name}: its pixels have more than 8 bits ({image.mode}); convert it to 8-bit RGB")
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                upright = Image.alpha_composite(
-                    Image.new("RGBA", upright.size, (0, 0, 0, 255)), upright.convert("RGBA")
-                )
-            rgb = upright.convert("RGB")
-            return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EurosatError(f"{name}: not a whole image ({error}); replace or remove it") from None
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            _check_header(image, name)
+            if not resize and (came := image.size) != (size, size):
+                raise EurosatError(f"{name}: {came[0]} x {came[1]} px, expected {size} x {size}; cut or resize it")
+            return _to_square(image, size)
+    except EurosatError:
+        raise
+    except Image.DecompressionBombError:
+        raise EurosatError(f"{name}: far more than {MAX_PIXELS:,} px; cut it or scale it down") from None
+    except Exception as error:  # what Pillow raises for damaged files has no common type
+        why = f"{len(data)} bytes, no JPEG, PNG, BMP, WebP or TIFF" if type(error) is UnidentifiedImageError else error
+        raise EurosatError(f"{name}: not a whole image ({why}); replace or remove it") from None
 
 
 # %% ../nbs/11_data.ipynb #read-images
-def _decode_hashed(read: Callable[[str], bytes], size: int, member: str) -> tuple[np.ndarray, str]:
-    data = read(member)
+def _decode_hashed(data: bytes, size: int, member: str) -> tuple[np.ndarray, str]:
     return decode_image(data, size, member), hashlib.sha256(data).hexdigest()
 
 
@@ -304,7 +349,7 @@ def _read_images(path: Path | str, size: int, workers: int) -> tuple[list[str], 
         if not images:
             raise EurosatError(f"{path}: no image in it, expected class/image with {', '.join(IMAGE_SUFFIXES)}")
         tiles, hashes = np.empty((len(images), size, size, 3), np.uint8), []
-        decoded = pool.map(partial(_decode_hashed, read, size), images)
+        decoded = pool.map(lambda member: _decode_hashed(read(member), size, member), images)
         for row, (tile, key) in enumerate(tqdm(decoded, "reading images", len(images), delay=2)):
             tiles[row] = tile
             hashes.append(key)

@@ -33,11 +33,11 @@ from .core import EurosatError
 
 # %% ../nbs/20_models.ipynb #conv-norm
 class ConvNorm(nn.Sequential):
-    "Convolution, batch norm, GELU."
+    "Convolution, batch norm, ReLU."
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1):
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False)
-        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.GELU())
+        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Stage(nn.Module):
@@ -50,7 +50,7 @@ class Stage(nn.Module):
         self.more = ConvNorm(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm(F.max_pool2d(self.conv(x), 2)))
+        x = F.relu(self.norm(F.max_pool2d(self.conv(x), 2)))
         return x + self.more(x)
 
 
@@ -64,6 +64,7 @@ class TileNet(nn.Module):
         self.stem = ConvNorm(in_chans, widths[0], kernel=4, stride=2)
         self.stages = nn.Sequential(*[Stage(a, b) for a, b in pairwise(widths)])
         self.head = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
+        self.pretrained_cfg = {"first_conv": "stem.0"}
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(self.stem(x))
@@ -190,13 +191,12 @@ def build_model(
         raise EurosatError(
             f"arch: {arch} with weights={weights!r} could not be made: {str(error).splitlines()[0]}"
         ) from None
-    if weights == "none":
-        return TileClassifier(trunk, mean, std)
-    if weights != "pretrained":
+    if weights not in ("none", "pretrained"):
         load_trunk(trunk, weights)
-    trained = getattr(trunk, "pretrained_cfg", {})
+    trained = {} if weights == "none" else getattr(trunk, "pretrained_cfg", {})
     scale = {k: tuple(255 * v for v in trained[k]) for k in ("mean", "std") if k in trained and len(mean) == 3}
-    return TileClassifier(trunk, scale.get("mean", mean), scale.get("std", std))
+    centre = (float(round(sum(mean) / len(mean))),) * len(mean)
+    return TileClassifier(trunk, scale.get("mean", centre), scale.get("std", std))
 
 
 def _create(arch: str, size: int, options: dict[str, Any]) -> nn.Module:

@@ -27,6 +27,7 @@ __all__ = [
     "plot_per_class",
     "plot_mistakes",
     "plot_reliability",
+    "plot_latency",
 ]
 
 # %% ../nbs/25_plots.ipynb #imports
@@ -391,4 +392,27 @@ def plot_reliability(
         style_axes(axes, "confidence" if axes in panels[1] else "", label, grid="y")
     bars = panels[0, 0].get_legend_handles_labels()
     picture.legend(*bars, loc="outside lower center", ncols=3, frameon=False, fontsize=9, handlelength=1.2)
+    return picture
+
+
+# %% ../nbs/25_plots.ipynb #plot-latency
+def plot_latency(
+    rows: Sequence[dict[str, Any]],  # from `release.time_ways`
+) -> Picture:
+    "Median latency of one tile on one thread by way of running the model, the fastest first."
+    single = sorted((r for r in rows if r["batch"] == r["threads"] == 1), key=lambda r: r["p50_ms"])
+    if len(single) < 2:
+        raise EurosatError(f"rows: got {len(single)} with batch 1 and 1 thread, expected two or more to compare")
+    p50, p99 = (np.array([r[key] for r in single]) for key in ("p50_ms", "p99_ms"))
+    finding = f"{single[0]['graph']} answers a tile {p50[-1] / p50[0]:.1f} times as fast as {single[-1]['graph']}"
+    picture, place = new_picture(finding, height=1.3 + 0.36 * len(single)), np.arange(len(single))
+    axes = picture.subplots()
+    axes.hlines(place, 0, p99, color=QUIET, linewidth=1)
+    axes.barh(place, p50, height=0.6, color=[BLUE if r["graph"].startswith("ONNX") else "#B8C4D0" for r in single])
+    for y, value, far in zip(place, p50, p99, strict=True):
+        axes.annotate(f"{value:.2f} ms", (max(value, far), y), (5, 0), textcoords="offset points", va="center", size=9)
+    style_axes(axes, "milliseconds for one tile: median (bar) and 99th percentile (line)", grid="x")
+    axes.set_yticks(place, [r["graph"] for r in single])
+    axes.set_ylim(len(single) - 0.5, -0.5)
+    axes.margins(x=0.15)
     return picture

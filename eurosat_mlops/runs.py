@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = [
     "SYNTHETIC_NOTE",
+    "DATA_LICENCES",
     "describe_data",
     "Predictions",
     "Run",
     "save_figure",
     "train",
     "machine",
-    "describe_bundle",
-    "load_classifier",
+    "describe_run",
+    "training_sample",
+    "pack_bundle",
     "check_unseen",
+    "answer_part",
     "Evaluation",
     "evaluate",
+    "load_classifier",
 ]
 
 # %% ../nbs/35_runs.ipynb #imports
@@ -29,11 +33,11 @@ import numpy as np
 import torch
 from fastai.learner import Learner
 from IPython.display import Image
-from safetensors.torch import load_file
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
 from .bands import contract_to_dict
-from .bundle import Bundle, add_metrics, read_bundle, write_bundle
+from .bundle import Bundle, add_metrics, graph_name, read_bundle, to_arrays, write_bundle
 from eurosat_mlops.core import (
     EurosatError,
     Settings,
@@ -48,12 +52,16 @@ from eurosat_mlops.core import (
     write_json,
 )
 from .data import TileSet
+from .export import export_graph, measure_parity, parity_fault
 from .fetch import load_tiles
 from .learner import TrainConfig, config_from, fit, make_learner, predict_logits, resolve
 from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
+from .novelty import familiar_distance
 from .plots import Picture
+from .reference import AnsweredTiles, Reference, describe_validation
+from .session import answer, open_session
 from .track import Tracker, resolve_mode
 
 # %% ../nbs/35_runs.ipynb #describe-data
@@ -145,7 +153,7 @@ def train(
         with Tracker(folder, mode, asdict(config) | {"data_digest": tileset.digest, **origin}) as tracker:
             learner = make_learner(config, tileset)
             history, training = _fit(learner, config, folder, tracker.log)
-            validation = _predict_part(learner.model, tileset, "val")
+            validation = _validate(learner.model, tileset)
             metrics = {
                 "data": data,
                 "training": training,
@@ -154,9 +162,8 @@ def train(
                 "provenance": origin,
             }
             write_json(folder / "metrics.json", metrics)
-            weights = {n: v.contiguous().cpu() for n, v in learner.model.state_dict().items()}
-            info = describe_bundle(config, tileset, validation, origin)
-            bundle = write_bundle(folder / "bundle", info, {"weights.safetensors": to_safetensors(weights)})
+            info = describe_run(config, tileset, learner.model, origin, training["energy"])
+            bundle = pack_bundle(folder / "bundle", info, learner.model, validation, tileset)
             _track(tracker, validation, metrics["validation"], bundle)
     return Run(folder, config, tileset, learner, history, validation, metrics)
 
@@ -187,30 +194,93 @@ def machine(config: TrainConfig) -> str:
     return f"{name}, {config.precision}"
 
 
-def _predict_part(model: TileClassifier, tileset: TileSet, part: str, temperature: float | None = None) -> Predictions:
-    tiles, labels = tileset.part(part)
+def _validate(model: TileClassifier, tileset: TileSet) -> Predictions:
+    tiles, labels = tileset.part("val")
     logits = predict_logits(model, tiles)
-    fitted = fit_temperature(logits, labels) if temperature is None else temperature
-    return Predictions(tiles, labels, logits, fitted, tileset.classes)
+    return Predictions(tiles, labels, logits, fit_temperature(logits, labels), tileset.classes)
 
 
-# %% ../nbs/35_runs.ipynb #describe-bundle
-def describe_bundle(
-    config: TrainConfig, tileset: TileSet, validation: Predictions, origin: Mapping[str, Any]
+# %% ../nbs/35_runs.ipynb #describe-run
+DATA_LICENCES = {
+    "eurosat": "MIT (Helber et al. 2019), contains modified Copernicus Sentinel data",
+    "synthetic": "drawn by this project",
+}
+
+
+def describe_run(
+    config: TrainConfig,
+    tileset: TileSet,
+    model: TileClassifier,
+    origin: Mapping[str, Any],  # from `core.provenance`
+    energy: Mapping[str, Any],  # of training
 ) -> dict[str, Any]:
-    "The content of bundle.json."
+    "What bundle.json says of where a model comes from."
+    known = getattr(model.trunk, "pretrained_cfg", {})
+    own = "Apache-2.0, as the project" if config.weights == "none" else "as the weights that training started from"
     return {
         "classes": list(tileset.classes),
         "contract": contract_to_dict(tileset.contract),
-        "temperature": validation.temperature,
-        "metrics": {"validation": validation.report},
         "config": asdict(config) | {"out": ""},
         "data": describe_data(tileset),
+        "licence": {
+            "weights": known.get("license") or own if config.weights == "pretrained" else own,
+            "data": DATA_LICENCES.get(tileset.name, "as its source says"),
+        },
+        "energy": dict(energy),
         "provenance": dict(origin),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
+# %% ../nbs/35_runs.ipynb #training-sample
+def training_sample(
+    tileset: TileSet,
+    most: int = 10_000,  # rows in all, about
+    seed: int = 0,
+) -> np.ndarray:  # int64, sorted row numbers of the training part
+    "A part of the training part in which every class keeps its share, and at least 20 tiles if it has them."
+    rows, rng = tileset.parts["train"], np.random.default_rng(seed)
+    share = min(1.0, most / len(rows))
+    of_class = [rows[tileset.labels[rows] == label] for label in range(len(tileset.classes))]
+    chosen = [rng.permutation(some)[: max(20, round(share * len(some)))] for some in of_class]
+    return np.sort(np.concatenate(chosen))
+
+
+# %% ../nbs/35_runs.ipynb #pack-bundle
+def pack_bundle(
+    folder: Path,
+    info: Mapping[str, Any],  # from `describe_run`
+    model: TileClassifier,
+    validation: Predictions,  # by that model
+    tileset: TileSet,
+) -> Bundle:
+    "Export the network, hold the graph against it on the whole validation part, and write the bundle."
+    graph = export_graph(model, validation.temperature, info["config"]["size"])
+    session, rows = open_session(graph, torch.get_num_threads()), training_sample(tileset)
+    p, embedding = answer(session, validation.tiles)
+    parity = measure_parity(validation.probabilities, p, validation.labels)
+    if fault := parity_fault("fp32", parity):
+        raise EurosatError(f"arch: the exported graph of {info['config']['arch']} is not the network: {fault}")
+    seen = answer(session, np.asarray(tileset.tiles)[rows])[1]
+    answered = AnsweredTiles(validation.tiles, validation.labels, p, embedding)
+    reference: Reference = describe_validation(answered, seen, tileset.labels[rows], seed=info["config"]["seed"])
+    weights = {n: v.contiguous().cpu() for n, v in model.state_dict().items()}
+    described = {
+        "temperature": validation.temperature,
+        "precision": "fp32",
+        "limits": {"confidence": reference.confidence, "distance": reference.distance},
+        "metrics": {"validation": validation.report},
+        "graphs": {"fp32": {"bytes": len(graph)} | parity},
+    }
+    contents = {
+        "model.onnx": graph,
+        "weights.safetensors": to_safetensors(weights),
+        "reference.npz": to_arrays(reference.arrays),
+    }
+    return write_bundle(folder, {**info, **described}, contents)
+
+
+# %% ../nbs/35_runs.ipynb #track-end
 def _track(tracker: Tracker, part: Predictions, report: Mapping[str, Any], bundle: Bundle) -> None:
     "Hand the end of a run to the tracker: figures, confusion matrix, sample predictions, the bundle."
     names, p = part.classes, part.probabilities
@@ -220,18 +290,6 @@ def _track(tracker: Tracker, part: Predictions, report: Mapping[str, Any], bundl
     tracker.log_confusion(np.array(report["confusion"]), names)
     tracker.log_images("predictions", part.tiles[rows], captions)
     tracker.log_bundle(bundle.folder, "bundle")
-
-
-# %% ../nbs/35_runs.ipynb #load-classifier
-def load_classifier(
-    bundle: Bundle,
-) -> TileClassifier:
-    "The network of a verified bundle, on the CPU, in evaluation mode."
-    config, channels = bundle.info["config"], len(bundle.contract.bands)
-    blank = (0.0,) * channels, (1.0,) * channels  # the stored weights bring their own normalisation
-    model = build_model(config["arch"], len(bundle.classes), *blank, size=config["size"])
-    model.load_state_dict(load_file(bundle.folder / "weights.safetensors"))
-    return model.eval()
 
 
 # %% ../nbs/35_runs.ipynb #check-unseen
@@ -251,6 +309,28 @@ def check_unseen(
             f"split: the model was trained on {trained['split']!r}, whose training part holds test tiles of "
             f"{tileset.split!r}; train with split={tileset.split} to evaluate on it"
         )
+
+
+# %% ../nbs/35_runs.ipynb #answer-part
+def answer_part(
+    bundle: Bundle,
+    tileset: TileSet,
+    part: str,  # train, val or test
+    precision: str = "",  # of the graph; empty for the one that the bundle serves
+) -> tuple[Predictions, dict[str, Any]]:  # what it said, and every figure of it
+    "Let a bundle's graph answer one part of a tile set."
+    tiles, labels = tileset.part(part)
+    session = open_session(bundle.read(graph_name(bundle, precision)), torch.get_num_threads())
+    p, embedding = answer(session, tiles)
+    logits = bundle.temperature * np.log(np.maximum(p, np.finfo(np.float32).tiny))
+    said = Predictions(tiles, labels, logits, bundle.temperature, bundle.classes)
+    reference, limits = bundle.reference, bundle.info["limits"]
+    distance = familiar_distance(embedding, reference["centers"], reference["whitening"])
+    return said, said.report | {
+        "uncertain": float((p.max(1) < limits["confidence"]).mean()),
+        "unfamiliar": float((distance > limits["distance"]).mean()),
+        "precision": precision or bundle.precision,
+    }
 
 
 # %% ../nbs/35_runs.ipynb #evaluate
@@ -282,12 +362,12 @@ def evaluate(
     tileset = load_tiles(config.data, split or config.split, settings, config.seed, config.workers, config.size)
     check_unseen(bundle, tileset)
     with log_to(folder, settings.log_level):
-        test = _predict_part(load_classifier(bundle), tileset, "test", bundle.temperature)
-        report = test.report
+        test, report = answer_part(bundle, tileset, "test")
         metrics = read_json(folder / "metrics.json")
         metrics["test"][tileset.split] = report
         write_json(folder / "metrics.json", metrics)
-        bundle = add_metrics(folder / "bundle", f"test, {tileset.split}", report)
+        predicted = test.logits.argmax(1)
+        bundle = add_metrics(folder / "bundle", f"test, {tileset.split}", report, test.labels, predicted)
         accuracy = report["accuracy"]
         log.info(
             f"test, {tileset.split} split of {tileset.name}: accuracy {100 * accuracy['value']:.2f} % "
@@ -295,3 +375,15 @@ def evaluate(
             f"calibration error {report['ece']:.4f}"
         )
     return Evaluation(folder, bundle, tileset, test, metrics)
+
+
+# %% ../nbs/35_runs.ipynb #load-classifier
+def load_classifier(
+    bundle: Bundle,
+) -> TileClassifier:
+    "The network of a verified bundle, on the CPU, in evaluation mode: to train further, or to compare with."
+    config, channels = bundle.info["config"], len(bundle.contract.bands)
+    blank = (0.0,) * channels, (1.0,) * channels  # the stored weights bring their own normalisation
+    model = build_model(config["arch"], len(bundle.classes), *blank, size=config["size"])
+    model.load_state_dict(from_safetensors(bundle.read("weights.safetensors")))
+    return model.eval()

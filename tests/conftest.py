@@ -37,3 +37,15 @@ def eurosat_settings(archive: Path, tmp_path_factory: pytest.TempPathFactory) ->
     fetch_eurosat(settings)
     yield settings
     shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A bundle trained on synthetic tiles for a moment, and evaluated; copy it before you change it."
+    from eurosat_mlops.learner import TrainConfig  # here, since most tests need no torch
+    from eurosat_mlops.runs import evaluate, train
+
+    root = tmp_path_factory.mktemp("trained")
+    settings = Settings(root, runs_dir=root / "runs", data_dir=root / "data", wandb="off", log_level="ERROR")
+    run = train(TrainConfig(data="synthetic", epochs=2, bs=64, ema=0.9, wandb="off", device="cpu"), settings=settings)
+    return evaluate(run.folder, settings=settings).bundle.folder
