@@ -145,7 +145,8 @@ def read_event(store: Store, alias: str, number: int) -> Event:
         found = json.loads(store.read(f"aliases/{alias}/{number:06d}.json"))
         found |= {"checks": tuple(found["checks"])}
         event = Event(**{name: found[name] for name in Event.__dataclass_fields__})
-        valid = (event.alias, event.number) == (alias, number) and _ID.fullmatch(event.id)
+        shown = "".join((event.id, event.action, event.who, event.why, event.when))  # a terminal must not obey it
+        valid = (event.alias, event.number) == (alias, number) and _ID.fullmatch(event.id) and shown.isprintable()
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         valid = None
     if not valid:
@@ -179,10 +180,11 @@ class _Aliases(_Versions):
     ) -> Event:
         "Let an alias name a version, if nobody moved it since; `gate.promote` checks the version first."
         self.hashes(id)
-        if not who.strip() or not why.strip() or action not in ("promote", "rollback"):
+        who, why = " ".join(who.split()), " ".join(why.split())
+        if not who or not why or not (who + why).isprintable() or action not in ("promote", "rollback"):
             raise EurosatError(f"move: got who {who!r}, why {why!r}, action {action!r}; say who moves {alias} and why")
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        event = Event(after + 1, alias, id, action, who.strip(), why.strip(), now, tuple(checks))
+        event = Event(after + 1, alias, id, action, who, why, now, tuple(checks))
         last, path = (self._numbers(alias) or [0])[-1], f"aliases/{alias}/{event.number:06d}.json"
         if last != after or not self.store.create(path, _event_text(event)):
             raise _overtaken(alias, self.history(alias)[-1:])
@@ -362,13 +364,14 @@ def remove_old(
     "Remove versions that no alias needs, and what was begun more than a day ago and never finished."
     if not days >= 0:
         raise EurosatError(f"days: got {days}, expected a number from 0 up")
-    kept, whole, folders = kept_versions(registry), registry.ids(), dict[str, list[str]]()
+    kept, folders, removed = kept_versions(registry), dict[str, list[str]](), []
     for path in registry.store.find("versions"):
-        folders.setdefault(path.split("/")[1], []).append(path)
-    removed = []
+        if _KNOWN.fullmatch(path):
+            folders.setdefault(path.split("/")[1], []).append(path)
     for id, paths in folders.items():
+        whole = f"versions/{id}/{MANIFEST}" in paths
         with suppress(FileNotFoundError):  # somebody else cleans up at the same moment
-            if id not in kept and (_hide(registry, id, days) if id in whole else _is_left(registry, paths)):
+            if id not in kept and (_hide(registry, id, days) if whole else _is_left(registry, paths)):
                 _remove(registry, id, paths)
                 removed.append(id)
     for path in registry.store.find("tmp"):

@@ -244,7 +244,12 @@ def run_registry(
     if given.action == "verify":
         problems = registry.verify()
         count = len(registry.ids())
-        print("\n".join(problems) or f"{count} version{'' if count == 1 else 's'}, all well")
+        _print("\n".join(problems) or f"{count} version{'' if count == 1 else 's'}, all well")
         return 1 if problems else 0
-    print(_ACTIONS[given.action](given, registry, settings))
+    _print(_ACTIONS[given.action](given, registry, settings))
     return 0
+
+
+def _print(text: str) -> None:
+    "What others wrote into a bundle reaches the screen as text, never as a command to the terminal."
+    print("".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text))

@@ -89,6 +89,18 @@ def _said(target: Path) -> Iterator[None]:
         raise EurosatError(f"{target}: cannot be written ({error.strerror}){why}; nothing was kept of it") from None
 
 
+# %% ../nbs/01_store.ipynb #walk
+def _walk(root: Path, under: str) -> list[str]:
+    "All files below a folder; one that is removed at this moment hides no other."
+
+    def told(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise EurosatError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    places = os.walk(root / under, onerror=told)
+    return sorted((Path(place) / name).relative_to(root).as_posix() for place, _, names in places for name in names)
+
+
 # %% ../nbs/01_store.ipynb #store-files
 class _Files(_Place):
     def read(self, name: str) -> bytes:
@@ -96,6 +108,8 @@ class _Files(_Place):
 
     def find(self, under: str) -> list[str]:
         "All files below a folder, as they are at this moment."
+        if self.folder is not None:
+            return _walk(self.folder, under)
         start = len(self.path(""))
         return sorted(found[start:] for found in self.ask("find", under) if not found.endswith("/"))
 

@@ -49,6 +49,13 @@ def test_a_version_is_kept_listed_and_shown(say: Say, make: Make, tmp_path: Path
     assert "signed   no" in shown
 
 
+def test_what_a_bundle_says_is_text_and_no_command_to_the_terminal(say: Say, make: Make) -> None:
+    bundle = make(config={"arch": "tile\x1b[2Jnet\x07"})
+    say("add", bundle.folder)
+    for words in (("list",), ("show", bundle.id)):
+        assert "tile?[2Jnet?" in say(*words)
+
+
 def test_a_run_is_added_by_its_folder(say: Say, make: Make, tmp_path: Path) -> None:
     bundle = make()
     (tmp_path / "run").mkdir()
