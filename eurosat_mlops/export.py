@@ -84,13 +84,18 @@ class ServedGraph(nn.Module):
         super().__init__()
         self.model, self.temperature = fold_network(model), temperature
         self.scaled = bool((self.model.std != 1).any())
+        head = self.model.trunk.get_classifier()
+        if isinstance(head, nn.Linear):  # the temperature becomes part of its weights
+            head.load_state_dict({name: value / temperature for name, value in head.state_dict().items()})
+            self.temperature = 1.0
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         x = tiles.permute(0, 3, 1, 2).float() - self.model.mean
         x = x / self.model.std if self.scaled else x
         trunk = self.model.trunk
         embedding = trunk.forward_head(trunk.forward_features(x), pre_logits=True)
-        return torch.softmax(trunk.get_classifier()(embedding) / self.temperature, -1), embedding
+        logits = trunk.get_classifier()(embedding)
+        return torch.softmax(logits if self.temperature == 1 else logits / self.temperature, -1), embedding
 
 
 # %% ../nbs/31_export.ipynb #quietly
@@ -166,31 +171,41 @@ def _head(graph: onnx.GraphProto) -> list[str]:
     return found
 
 
-# %% ../nbs/31_export.ipynb #take-bytes
-def _take_bytes(model: onnx.ModelProto) -> None:
-    "Replace cast, subtraction and rounding of the input by the tile itself, where that is exact."
-    graph = model.graph
-    users = {name: [n for n in graph.node if name in n.input] for n in graph.node for name in n.output}
-    makers = {name: n for n in graph.node for name in n.output}
+# %% ../nbs/31_export.ipynb #zero-point
+def _zero_point(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, int] | None:
+    "The subtraction of one whole number from the tile, and that number; None if the network has no such thing."
+    makers = {name: node for node in graph.node for name in node.output}
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    subtract = next((n for n in graph.node if n.op_type == "Sub"), None)
+    subtract = next((node for node in graph.node if node.op_type == "Sub"), None)
     if subtract is None or (cast := makers.get(subtract.input[0])) is None or cast.op_type != "Cast":
-        return
+        return None
     zero = np.unique(constants.get(subtract.input[1], np.array([-1.0])))
-    rounding = users[subtract.output[0]]
-    if len(zero) != 1 or zero[0] != round(float(zero[0])) or not 0 <= zero[0] <= 255:
+    exact = len(zero) == 1 and zero[0] == round(float(zero[0])) and 0 <= zero[0] <= 255
+    return (subtract, int(zero[0])) if exact else None
+
+
+def _take_bytes(graph: onnx.GraphProto) -> None:
+    "Replace cast, subtraction and rounding of the input by the tile itself; their scale is 1, so that is exact."
+    if (found := _zero_point(graph)) is None:
         return
-    if [n.op_type for n in rounding] != ["QuantizeLinear"]:
+    subtract, _ = found
+    cast = next(node for node in graph.node if subtract.input[0] in node.output)
+    rounding = [node for node in graph.node if subtract.output[0] in node.input]
+    if [node.op_type for node in rounding] != ["QuantizeLinear"]:
         return
-    restored = users[rounding[0].output[0]][0]
-    values = {"tiles_scale": np.float32(1), "tiles_zero": np.uint8(zero[0])}
-    graph.initializer.extend([numpy_helper.from_array(np.array(v), name) for name, v in values.items()])
-    restored.input[:] = [cast.input[0], "tiles_scale", "tiles_zero"]
+    for node in graph.node:
+        if node.input[0] == rounding[0].output[0]:
+            node.input[0] = cast.input[0]
     for node in (cast, subtract, rounding[0]):
         graph.node.remove(node)
 
 
 # %% ../nbs/31_export.ipynb #quantize-graph
+def _fixed(subtract: onnx.NodeProto, zero: int) -> dict[str, list[dict[str, Any]]]:
+    "Quantise what leaves that subtraction by the scale 1."
+    return {subtract.output[0]: [{"scale": np.array(1, np.float32), "zero_point": np.array(zero, np.uint8)}]}
+
+
 def quantize_graph(
     graph: bytes,  # from `export_graph`
     tiles: np.ndarray,  # uint8, shape (N, S, S, C), of training; a few hundred are enough
@@ -200,6 +215,8 @@ def quantize_graph(
     with tempfile.TemporaryDirectory() as folder, _quietly():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         quant_pre_process(onnx.load_from_string(graph), str(before))
+        prepared = onnx.load(before).graph
+        fixed = {} if (found := _zero_point(prepared)) is None else _fixed(*found)
         quantize_static(
             str(before),
             str(after),
@@ -209,12 +226,12 @@ def quantize_graph(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=_head(onnx.load(before).graph),
+            nodes_to_exclude=_head(prepared),
             calibrate_method=CalibrationMethod.Percentile,
-            extra_options={"CalibPercentile": percentile},
+            extra_options={"CalibPercentile": percentile, "TensorQuantOverrides": fixed},
         )
         model = onnx.load(after)
-    _take_bytes(model)
+    _take_bytes(model.graph)
     used = {name for node in model.graph.node for name in node.input}
     for unused in [i for i in model.graph.initializer if i.name not in used]:
         model.graph.initializer.remove(unused)

@@ -26,7 +26,6 @@ __all__ = [
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 

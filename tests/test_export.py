@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.export import (
@@ -114,6 +114,17 @@ def test_the_int8_graph_takes_bytes_as_they_are(graph, tiles):
     p, p8 = answer(open_session(graph), tiles)[0], answer(open_session(small), tiles)[0]
     assert np.abs(p - p8).max() < 0.1
     assert len(small) < 0.35 * len(graph)
+
+
+def test_the_runtime_computes_every_convolution_in_int8(graph, tiles, tmp_path):
+    "A bias whose scale does not follow from its input's would leave a convolution in floating point, unseen."
+    dim = (tiles // 2 + 40).astype(np.uint8)  # activations that do not fill the range
+    options = SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    InferenceSession(quantize_graph(graph, dim), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 7 and "Conv" not in kinds and "FusedConv" not in kinds
 
 
 def test_a_graph_with_a_subtraction_for_each_channel_keeps_it(tiles):
