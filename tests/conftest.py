@@ -11,6 +11,8 @@ from eurosat_mlops.core import Settings
 from eurosat_mlops.fetch import fetch_eurosat
 
 os.environ.setdefault("MPLBACKEND", "agg")
+# gcsfs asks over gRPC what kind of bucket it has, and remembers this when it is imported; the emulator speaks no gRPC
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_what_may_not_be_read_is_reported(model: Classifier, pictures: Path, tmp
 
 
 def test_only_a_few_files_are_ahead_of_the_reader(model: Classifier, pictures: Path) -> None:
-    taken = 0
+    taken, before = 0, set(threading.enumerate())
     name = str(pictures / "tile_00.png")
 
     def endless() -> Iterator[str]:
@@ -156,7 +156,7 @@ def test_only_a_few_files_are_ahead_of_the_reader(model: Classifier, pictures: P
         next(rows)
         assert taken - given <= 4 * 6
     rows.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    assert set(threading.enumerate()) <= before, "no thread is left behind"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")

@@ -149,9 +149,9 @@ def test_the_best_epoch_is_kept(tileset):
 
 
 def test_a_short_run_is_not_judged_by_its_random_beginning(tileset):
-    config = TrainConfig(**{**QUICK, "epochs": 3, "bs": 8, "ema": 0.99}, precision="fp32")
+    config = TrainConfig(**{**QUICK, "epochs": 4, "bs": 8, "ema": 0.99}, precision="fp32")
     averaged = fit(make_learner(config, tileset), config)
-    assert max(h["accuracy"] for h in averaged) > 0.3  # chance is 0.1; a fixed decay gave 0.17
+    assert max(h["accuracy"] for h in averaged) > 0.3  # chance is 0.1; a fixed decay gave 0.125
 
 
 def test_patience_ends_a_run_that_gains_nothing(tileset):
