@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'eurosat_mlops.runs.evaluate': ('runs.html#evaluate', 'eurosat_mlops/runs.py'),
                                     'eurosat_mlops.runs.load_classifier': ('runs.html#load_classifier', 'eurosat_mlops/runs.py'),
                                     'eurosat_mlops.runs.machine': ('runs.html#machine', 'eurosat_mlops/runs.py'),
+                                    'eurosat_mlops.runs.open_run': ('runs.html#open_run', 'eurosat_mlops/runs.py'),
                                     'eurosat_mlops.runs.pack_bundle': ('runs.html#pack_bundle', 'eurosat_mlops/runs.py'),
                                     'eurosat_mlops.runs.save_figure': ('runs.html#save_figure', 'eurosat_mlops/runs.py'),
                                     'eurosat_mlops.runs.train': ('runs.html#train', 'eurosat_mlops/runs.py'),

@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .bundle import GRAPHS, Bundle, read_bundle, update_bundle
-from .core import Settings, find_run, load_settings, log, read_json, write_json
+from .bundle import GRAPHS, Bundle, update_bundle
+from .core import Settings, load_settings, log, read_json, write_json
 from .data import TileSet
 from eurosat_mlops.export import (
     compile_network,
@@ -41,12 +41,11 @@ from eurosat_mlops.export import (
     prune_network,
     quantize_graph,
 )
-from .fetch import load_tiles
 from .learner import config_from, fit, make_learner, predict_logits
 from .metrics import softmax
 from .models import TileClassifier
 from .predict import load_bundle, read_tile
-from .runs import check_unseen, load_classifier, training_sample
+from .runs import load_classifier, open_run, training_sample
 from .session import answer, measure_latency, open_session
 
 
@@ -67,12 +66,7 @@ def open_candidate(
     settings: Settings | None = None,  # of the project around the working directory, if None
 ) -> Candidate:
     "The bundle of a finished run, its data and its network."
-    settings = settings or load_settings()
-    folder = find_run(settings, run)
-    config = config_from(read_json(folder / "config.json"))
-    bundle = read_bundle(folder / "bundle")
-    tileset = load_tiles(config.data, config.split, settings, config.seed, config.workers, config.size)
-    check_unseen(bundle, tileset)
+    folder, bundle, tileset = open_run(run, "", settings or load_settings())
     network = load_classifier(bundle)
     logits = predict_logits(network, tileset.part("val")[0])
     return Candidate(folder, bundle, tileset, network, softmax(logits / bundle.temperature))

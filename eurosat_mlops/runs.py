@@ -16,6 +16,7 @@ __all__ = [
     "training_sample",
     "pack_bundle",
     "check_unseen",
+    "open_run",
     "answer_part",
     "Evaluation",
     "evaluate",
@@ -311,6 +312,21 @@ def check_unseen(
         )
 
 
+# %% ../nbs/35_runs.ipynb #open-run
+def open_run(
+    run: Path | str,  # a run's folder, or its name under runs/
+    split: str,  # of the tiles; empty for the one the run was trained on
+    settings: Settings,
+) -> tuple[Path, Bundle, TileSet]:  # the run's folder, its verified bundle, and the data it was trained on
+    "A finished run, opened again with its data; nothing but its own split is let in."
+    folder = find_run(settings, run)
+    config = config_from(read_json(folder / "config.json"))
+    bundle = read_bundle(folder / "bundle")
+    tileset = load_tiles(config.data, split or config.split, settings, config.seed, config.workers, config.size)
+    check_unseen(bundle, tileset)
+    return folder, bundle, tileset
+
+
 # %% ../nbs/35_runs.ipynb #answer-part
 def answer_part(
     bundle: Bundle,
@@ -356,11 +372,7 @@ def evaluate(
 ) -> Evaluation:
     "Measure a finished run's bundle on the test part; metrics.json and the bundle get the figures."
     settings = settings or load_settings()
-    folder = find_run(settings, run)
-    config = config_from(read_json(folder / "config.json"))
-    bundle = read_bundle(folder / "bundle")
-    tileset = load_tiles(config.data, split or config.split, settings, config.seed, config.workers, config.size)
-    check_unseen(bundle, tileset)
+    folder, bundle, tileset = open_run(run, split, settings)
     with log_to(folder, settings.log_level):
         test, report = answer_part(bundle, tileset, "test")
         metrics = read_json(folder / "metrics.json")
