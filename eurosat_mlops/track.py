@@ -175,6 +175,8 @@ class _Session:
     def _start(self, options: dict[str, Any], settings: dict[str, Any]) -> None:
         import wandb
 
+        if "WANDB_SERVICE" not in self.saved:  # settings that something read earlier, an artifact say, are not ours
+            wandb.teardown()
         try:
             run = wandb.init(**options, reinit="create_new", settings=wandb.Settings(**settings))
         except Exception:
