@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate release test prep export lint docs bench results lab clean
+.PHONY: help setup train evaluate release serve test prep export lint docs bench results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ evaluate: setup ## Evaluate the latest run on its test part; ARGS="--run NAME" f
 
 release: setup ## Make a release candidate of the latest run: int8, parity, latency, the gate; ARGS="--run NAME" for another
 	$(BIN)/eurosat release $(ARGS)
+
+serve: setup ## Serve the model in production, or ARGS="--model runs/latest", on http://127.0.0.1:8000
+	$(BIN)/eurosat serve $(ARGS)
 
 test: setup ## Run every notebook, then the tests, which must cover 90 % of the package
 	$(BIN)/pytest -q --nbval-lax --nbval-cell-timeout=300 nbs

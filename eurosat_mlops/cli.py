@@ -92,6 +92,7 @@ VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and ru
     "release": ("make a run a release candidate: runs release.ipynb", "training_verbs"),
     "registry": ("keep, promote and look after released models", "registry_verbs"),
     "predict": ("what a model says of pictures: files, folders, standard input", "predict_verbs"),
+    "serve": ("answer over HTTP, with a page, metrics and a record", "serving_verbs"),
     "doctor": ("check this machine and this project", "cli"),
 }
 

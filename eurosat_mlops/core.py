@@ -16,6 +16,7 @@ __all__ = [
     "read_json",
     "sha256_file",
     "redact",
+    "JsonLines",
     "log_to",
     "reserve_run",
     "new_run",
@@ -103,6 +104,12 @@ class Settings:
     gate_latency_ms: float = 5.0  # most that a model in production may take for one tile, p50, one thread
     gate_calibration: float = 0.03  # its largest expected calibration error
     gate_megabytes: float = 50.0  # its largest graph
+    serve_keys: str = ""  # SHA-256 of the keys that may change the service or read what it keeps, comma-separated
+    predict_keys: str = ""  # SHA-256 of the keys that may ask it; empty: everybody may
+    predict_rate: str = ""  # predictions a minute and client; empty: no limit
+    serve_deadline: float = 2.0  # s, for an answer
+    serve_record: str = "must"  # must: no answer without its record; try: rather unrecorded than unanswered; off
+    journal: str = ""  # the record: a file or a URL such as postgresql://host/name; empty: runs_dir/journal.db
 
 
 # %% ../nbs/00_core.ipynb #read-limit
@@ -208,7 +215,9 @@ class _Plain(logging.Formatter):
         return redact(super().format(record))
 
 
-class _JsonLines(logging.Formatter):
+class JsonLines(logging.Formatter):
+    'One JSON object a line; `extra={"data": {...}}` adds to it.'
+
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         entry = {"time": stamp, "level": record.levelname, "message": record.getMessage()} | getattr(record, "data", {})
@@ -225,7 +234,7 @@ def log_to(
         raise EurosatError(f"log_level: got {level!r}, expected DEBUG, INFO, WARNING or ERROR")
     console, file = logging.StreamHandler(sys.stderr), logging.FileHandler(run / "log.jsonl", encoding="utf-8")
     console.setFormatter(_Plain("%(message)s"))
-    file.setFormatter(_JsonLines())
+    file.setFormatter(JsonLines())
     console.setLevel(level.upper())
     before, log.propagate = (log.level, log.propagate), False
     log.setLevel(min(logging.INFO, console.level))

@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "LAND_COVER_COLOURS",
-    "OTHER_COLOURS",
     "INK",
     "QUIET",
     "ACCENT",
     "BLUE",
     "PERCENT",
     "BAND_COLOURS",
-    "class_colours",
     "Picture",
     "new_picture",
     "style_axes",
@@ -42,34 +39,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from .classes import class_colours
 from .core import EurosatError
 from .data import TileSet
 from .metrics import expected_calibration_error, reliability
-
-# %% ../nbs/25_plots.ipynb #class-colours
-LAND_COVER_COLOURS = {
-    "AnnualCrop": "#F2C010",
-    "Forest": "#0E4632",
-    "HerbaceousVegetation": "#D3DE96",
-    "Highway": "#98909C",
-    "Industrial": "#AF58E3",
-    "Pasture": "#86A02A",
-    "PermanentCrop": "#773D08",
-    "Residential": "#E05260",
-    "River": "#58C6F5",
-    "SeaLake": "#0D2E7F",
-}
-OTHER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#F0E442")
-
-
-def class_colours(
-    classes: Sequence[str],
-) -> list[str]:  # one hex colour for each
-    "The colour of each class: its own if it is a land-cover class, else the next of `OTHER_COLOURS`, in turn."
-    others = [name for name in classes if name not in LAND_COVER_COLOURS]
-    turn = {name: OTHER_COLOURS[k % len(OTHER_COLOURS)] for k, name in enumerate(others)}
-    return [LAND_COVER_COLOURS.get(name) or turn[name] for name in classes]
-
 
 # %% ../nbs/25_plots.ipynb #picture
 INK, QUIET, ACCENT, BLUE = "#1F2933", "#7B8794", "#D1495B", "#2E6FBF"

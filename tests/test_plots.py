@@ -15,6 +15,7 @@ from PIL import Image
 
 from eurosat_mlops import plots
 from eurosat_mlops.bands import EUROSAT_RGB
+from eurosat_mlops.classes import LAND_COVER_COLOURS, class_colours
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.data import EUROSAT_CLASSES, TileSet
 from eurosat_mlops.metrics import classification_report, confusion_matrix, most_confident_mistakes, softmax
@@ -215,10 +216,10 @@ def test_a_picture_is_small_white_and_leaves_pyplot_alone():
 
 
 def test_colours_of_other_classes_do_not_change_those_of_land_cover():
-    colours = plots.class_colours(("Forest", "Vineyard", "River", "Rice"))
-    assert colours[0] == plots.LAND_COVER_COLOURS["Forest"] and colours[2] == plots.LAND_COVER_COLOURS["River"]
+    colours = class_colours(("Forest", "Vineyard", "River", "Rice"))
+    assert colours[0] == LAND_COVER_COLOURS["Forest"] and colours[2] == LAND_COVER_COLOURS["River"]
     assert colours[1] != colours[3]
-    assert set(plots.LAND_COVER_COLOURS) == set(EUROSAT_CLASSES)
+    assert set(LAND_COVER_COLOURS) == set(EUROSAT_CLASSES)
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB
@@ -228,7 +229,7 @@ PROTANOPIA = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [
 
 @pytest.mark.parametrize("sight", [np.eye(3), DEUTERANOPIA, PROTANOPIA], ids=["full", "deuteranopia", "protanopia"])
 def test_land_cover_colours_stay_apart_for_colour_blind_readers(sight):
-    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in plots.LAND_COVER_COLOURS.values()])
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in LAND_COVER_COLOURS.values()])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = np.clip(linear @ np.array(sight).T, 0, 1) @ to_xyz.T / [0.9505, 1, 1.089]
