@@ -125,22 +125,6 @@ async def predict(
     return _json(answer)
 
 
-# %% ../nbs/49_serve.ipynb #decode-all
-async def _decode_all(
-    service: Service, files: list[tuple[str, bytes]], resize: bool, results: list[dict[str, Any]]
-) -> list[np.ndarray]:
-    "The tiles in the files; what became of each file goes to the results."
-    tiles: list[np.ndarray] = []
-    for name, data in files:
-        try:
-            tiles.append(await service.decoder.read(data, name, service.engine, resize))
-            results.append({"name": name, "status": "ok"})
-        except (EurosatError, Problem) as error:
-            results.append({"name": name, "status": "error", "problem": to_problem(error).detail})
-        await asyncio.sleep(0)  # others come in between
-    return tiles
-
-
 # %% ../nbs/49_serve.ipynb #batch-route
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _MANY = {"schema": {"type": "object", "required": ["files"], "properties": {"files": _FILES}}}
@@ -162,17 +146,18 @@ async def predict_batch(
     body = await read_body(request, config.batch_bytes, config, service.held)
     files = await read_files(body, request.headers.get("content-type", ""), "files", config.batch_files)
     _admit(request, len(files))
-    results: list[dict[str, Any]] = []
     with service.place():
-        tiles = await _decode_all(service, files, resize, results)
-        if not tiles:
-            return _json({"request_id": id, "model": None, "results": results})
-        result, ids = await service.answer(np.stack(tiles), id)
-    rows = iter(range(len(tiles)))
-    for each in results:
-        if each["status"] == "ok":
-            each |= answer_json(result, (row := next(rows)), ids[row], top_k)
-    return _json({"request_id": id, "model": model_json(result), "results": results})
+        found = await service.decoder.read_all(files, service.engine, resize)
+        tiles = [each for each in found if isinstance(each, np.ndarray)]
+        answered = await service.answer(np.stack(tiles), id) if tiles else None
+    rows = iter([answer_json(answered[0], i, k, top_k) for i, k in enumerate(answered[1])] if answered else [])
+    results: list[dict[str, Any]] = []
+    for (name, _), each in zip(files, found, strict=True):
+        if isinstance(each, np.ndarray):
+            results.append({"name": name, "status": "ok", **next(rows)})
+        else:
+            results.append({"name": name, "status": "error", "problem": to_problem(each).detail})
+    return _json({"request_id": id, "model": answered and model_json(answered[0]), "results": results})
 
 
 # %% ../nbs/49_serve.ipynb #describe-model

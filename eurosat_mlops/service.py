@@ -17,7 +17,7 @@ __all__ = [
 # %% ../nbs/48_service.ipynb #imports
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,8 @@ import numpy as np
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from .bands import InputContract
+from .core import EurosatError
 from .engine import Engine, EngineBusy, Result
 from .entries import Entry, hash_pixels, utc_now
 from .journal import Journal, JournalError
@@ -99,17 +101,43 @@ class Decoder:
         resize: bool = False,  # bring another size to the model's
     ) -> np.ndarray:  # uint8 (S, S, C)
         "The tile in an image; 415 or 422 where there is none."
-        check_format(data, name)
-        read = partial(read_tile, data, engine.active.classifier.contract, name, resize)
-        if len(data) < 1 << 15 and not resize:
-            return read()
+        read = partial(_read, engine.active.classifier.contract, resize, (name, data))
+        tile: np.ndarray = read() if len(data) < 1 << 15 and not resize else await self._hand_over(read)
+        return tile
+
+    async def read_all(
+        self,
+        files: Sequence[tuple[str, bytes]],  # name, content
+        engine: Engine,
+        resize: bool = False,
+    ) -> list[np.ndarray | EurosatError | Problem]:  # of each file: its tile, or what is wrong with it
+        "The tiles in many images."
+        read = partial(_try, engine.active.classifier.contract, resize)
+        found: list[np.ndarray | EurosatError | Problem]
+        found = await self._hand_over(lambda: [read(file) for file in files])
+        return found
+
+    async def _hand_over(self, work: Callable[[], Any]) -> Any:
         if self._waiting >= self._most:
-            raise EngineBusy(f"{self._waiting} large images wait to be decoded; ask again soon")
+            raise EngineBusy(f"{self._waiting} large uploads wait to be decoded; ask again soon")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, read)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self._waiting -= 1
+
+
+def _read(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray:
+    name, data = file
+    check_format(data, name)
+    return read_tile(data, contract, name, resize)
+
+
+def _try(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray | EurosatError | Problem:
+    try:
+        return _read(contract, resize, file)
+    except (EurosatError, Problem) as error:
+        return error
 
 
 # %% ../nbs/48_service.ipynb #make-entries

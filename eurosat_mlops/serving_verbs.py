@@ -5,11 +5,17 @@
 # %% auto #0
 __all__ = [
     "HEAD_S",
+    "IDLE_S",
     "FAREWELL_S",
+    "LAST_S",
     "GRACE_S",
+    "ATTACH_FILTER",
+    "DROP_SYN",
     "Hurried",
     "Server",
     "make_server",
+    "bind",
+    "close_door",
     "run_servers",
     "journal_of",
     "serve",
@@ -20,8 +26,11 @@ __all__ = [
 # %% ../nbs/58_serving_verbs.ipynb #imports
 import argparse
 import asyncio
+import ctypes
 import gc
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +41,7 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .core import Settings, load_settings, log
+from .core import EurosatError, Settings, load_settings, log
 from .engine import Engine, open_model
 from .journal import Journal, open_journal
 from .problems import hash_key, new_key, serve_config
@@ -41,7 +50,7 @@ from .service import Service
 from .telemetry import json_log
 
 # %% ../nbs/58_serving_verbs.ipynb #hurried
-HEAD_S = 10.0  # for the head of a request
+HEAD_S, IDLE_S = 10.0, 65.0  # for the head of the first request, and of the next
 
 
 class Hurried(HttpToolsProtocol):
@@ -51,8 +60,13 @@ class Hurried(HttpToolsProtocol):
         super().connection_made(transport)
         self._hurry = self.loop.call_later(HEAD_S, self._hang_up)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._hurry.cancel()
+        self._hurry = self.loop.call_later(IDLE_S, self._hang_up)
+
     def _hang_up(self) -> None:
-        if self.cycle is None:  # no request has come
+        if self.cycle is None or self.cycle.response_complete:  # no request has come
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -61,7 +75,9 @@ class Hurried(HttpToolsProtocol):
 
 
 # %% ../nbs/58_serving_verbs.ipynb #server
-FAREWELL_S, GRACE_S = 0.5, 3  # not ready but answering; for the answers that are under way
+FAREWELL_S = 0.5  # not ready, but still answering all who come
+LAST_S = 0.3  # for the requests of those who came last
+GRACE_S = 3  # for the answers that are under way
 
 
 class Server(uvicorn.Server):
@@ -74,32 +90,52 @@ class Server(uvicorn.Server):
 
 def make_server(
     app: Any,  # an ASGI application
-    host: str,
-    port: int,
 ) -> Server:
     "A server as we run it."
-    return Server(
-        uvicorn.Config(
-            app,
-            host,
-            port,
-            http=Hurried,
-            lifespan="off",
-            ws="none",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            backlog=2048,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=GRACE_S,
-        )
-    )
+    quiet: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False, "proxy_headers": False}
+    limits: dict[str, Any] = {"timeout_keep_alive": int(IDLE_S), "timeout_graceful_shutdown": GRACE_S}
+    return Server(uvicorn.Config(app, http=Hurried, lifespan="off", ws="none", backlog=2048, **quiet, **limits))
+
+
+def bind(
+    host: str,
+    port: int,  # 0 is any that is free
+) -> socket.socket:
+    "An address to listen on, held from now on; `EurosatError` where it cannot be had."
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        held = socket.socket(family, kind)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+    except (OSError, OverflowError) as error:
+        raise EurosatError(f"{host}:{port}: cannot listen there ({error}); choose another --host or --port") from None
+    return held
+
+
+# %% ../nbs/58_serving_verbs.ipynb #close-door
+ATTACH_FILTER = 26  # SO_ATTACH_FILTER of Linux
+DROP_SYN = (  # code, jump if true, jump if false, constant; see the kernel's Documentation/networking/filter.rst
+    (0x30, 0, 0, 13),  # load the flags of the TCP header
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone: a new connection
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # take all else
+)
+
+
+def close_door(
+    held: socket.socket,  # that listens
+) -> None:
+    "Let nobody in any more; who is in stays. Only Linux can do it, elsewhere nothing happens."
+    if sys.platform != "linux":
+        return
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in DROP_SYN))
+    held.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, struct.pack("HP", len(DROP_SYN), ctypes.addressof(code)))
 
 
 # %% ../nbs/58_serving_verbs.ipynb #run-servers
 async def run_servers(
-    servers: list[Server],
+    servers: dict[Server, socket.socket],  # where each listens
     service: Service,
 ) -> None:
     "Serve until SIGTERM or SIGINT, then drain and close; a second signal cuts it short."
@@ -107,6 +143,9 @@ async def run_servers(
     async def end() -> None:
         service.closing = True
         await asyncio.sleep(FAREWELL_S)
+        for held in servers.values():
+            close_door(held)
+        await asyncio.sleep(LAST_S)
         for server in servers:
             server.should_exit = True
 
@@ -121,7 +160,7 @@ async def run_servers(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await asyncio.gather(*(server.serve() for server in servers))
+    await asyncio.gather(*(server.serve([held]) for server, held in servers.items()))
     await service.close()
 
 
@@ -148,16 +187,18 @@ async def serve(
 ) -> None:
     "Load the model, open the journal, serve until told to stop."
     config = serve_config(settings)
+    held = [bind(host, each) for each in ([port, admin_port] if admin_port else [port])]
     engine = Engine(settings, open_model(model, settings), threads, queue=queue)
     journal = await asyncio.to_thread(journal_of, settings)
     app = make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"))
     service: Service = app.state.service
-    servers = [make_server(app, host, port)]
+    servers = {make_server(app): held[0]}
     if admin_port:
-        servers.append(make_server(make_app(config, engine, journal, ("admin",), service), host, admin_port))
+        servers[make_server(make_app(config, engine, journal, ("admin",), service))] = held[1]
     gc.collect()
     gc.freeze()  # what was imported stays: no need to look through it again
-    log.info("serving", extra={"data": {"model": engine.active.version, "url": f"http://{host}:{port}"}})
+    url = f"http://{host}:{held[0].getsockname()[1]}"
+    log.info("serving", extra={"data": {"model": engine.active.version, "url": url}})
     await run_servers(servers, service)
     log.info("stopped")
 

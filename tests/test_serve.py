@@ -400,7 +400,7 @@ def test_sigterm_loses_no_accepted_request(bundle_folder: Path, tmp_path: Path, 
     with server(bundle_folder, tmp_path) as (port, process):
         seen = asyncio.run(load(port, process))
         assert process.wait(10) == 0
-    assert seen["200"] > 50 and set(seen) <= {"200", "ReadError"}, seen  # an error: hung up on before it was taken
+    assert seen["200"] > 50 and set(seen) == {"200"}, seen
     with open_journal(str(tmp_path / "runs" / "journal.db")) as journal:
         assert journal.count() == seen["200"]
 
