@@ -110,6 +110,7 @@ class Settings:
     serve_deadline: float = 2.0  # s, for an answer
     serve_record: str = "must"  # must: no answer without its record; try: rather unrecorded than unanswered; off
     journal: str = ""  # the record: a file or a URL such as postgresql://host/name; empty: runs_dir/journal.db
+    traces: str = ""  # an OpenTelemetry collector, OTLP over HTTP; empty: none are sent
 
 
 # %% ../nbs/00_core.ipynb #read-limit

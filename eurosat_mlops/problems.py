@@ -33,6 +33,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -282,12 +283,17 @@ class Guard:
         seen: Callable[[Scope, int, float], None],  # is told the scope, the status and the seconds of each request
         closing: Callable[[], bool] = lambda: False,  # while it is true, connections are not kept
         full: Callable[[Scope], bool] = lambda scope: False,  # requests that are refused before any work is done
+        trace: Callable[[Scope], AbstractContextManager[Any]] = nullcontext,  # is entered for each request
     ) -> None:
-        self.app, self.seen, self.closing, self.full = app, seen, closing, full
+        self.app, self.seen, self.closing, self.full, self.trace = app, seen, closing, full, trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        with self.trace(scope):
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.perf_counter(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         scope["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(8)
@@ -311,4 +317,5 @@ class Guard:
             if not status:
                 await refuse(to_problem(RuntimeError()), Request(scope))(scope, receive, answer)
         finally:
+            scope["status"] = status
             self.seen(scope, status, time.perf_counter() - began)

@@ -381,6 +381,7 @@ def make_app(
     app = FastAPI(title="eurosat_mlops", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service = service or Service(config, engine, journal)
     guards: dict[str, Any] = {"seen": service.telemetry.seen, "closing": lambda: service.closing}
+    guards["trace"] = service.traces.request
     guards["full"] = lambda scope: service.full and scope["path"].startswith(("/predict", "/v2/models/"))
     app.add_middleware(Guard, **guards)
     for kind in (EurosatError, Problem, HTTPException, RequestValidationError):

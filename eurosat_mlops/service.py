@@ -35,6 +35,7 @@ from .journal import Journal, JournalError
 from .predict import read_tile
 from .problems import Held, Problem, RateLimit, ServeConfig
 from .telemetry import Telemetry
+from .traces import Traces
 
 # %% ../nbs/48_service.ipynb #check-format
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -168,8 +169,8 @@ def make_entries(
 
 # %% ../nbs/48_service.ipynb #recording
 class _Recording:
-    def __init__(self, config: ServeConfig, engine: Engine, journal: Journal | None) -> None:
-        self.config, self.engine, self.journal = config, engine, journal
+    def __init__(self, config: ServeConfig, engine: Engine, journal: Journal | None, traces: Traces) -> None:
+        self.config, self.engine, self.journal, self.traces = config, engine, journal, traces
         self.telemetry, self.decoder = Telemetry(), Decoder()
         self.held, self.rate = Held(), RateLimit(config.rate)
         self.under_way = 0  # requests whose body is here and whose answer is not
@@ -207,7 +208,8 @@ class _Finishing(_Recording):
     async def _finish(
         self, tiles: np.ndarray, result: Result, request_id: str, latency_ms: float
     ) -> Sequence[int | None]:
-        ids = await self._record(tiles, result, request_id, latency_ms)
+        with self.traces.part("record", tiles=len(tiles), role=result.role):
+            ids = await self._record(tiles, result, request_id, latency_ms)
         answers, telemetry = result.answers, self.telemetry
         counts = int(answers.uncertain.sum()), int(answers.unfamiliar.sum())
         telemetry.answered(result.role, answers.names, answers.confidence, *counts, latency_ms)
@@ -236,6 +238,7 @@ class _Closing(_Finishing):
             await asyncio.wait(self._followed)
         if self.journal:
             await asyncio.to_thread(self.journal.close)
+        await asyncio.to_thread(self.traces.close)
 
 
 # %% ../nbs/48_service.ipynb #service
@@ -247,8 +250,9 @@ class Service(_Closing):
         config: ServeConfig,
         engine: Engine,
         journal: Journal | None = None,  # None records nothing
+        traces: Traces | None = None,  # None sends none
     ) -> None:
-        super().__init__(config, engine, journal)
+        super().__init__(config, engine, journal, traces or Traces())
 
     @property
     def full(self) -> bool:
@@ -273,7 +277,8 @@ class Service(_Closing):
     ) -> tuple[Result, Sequence[int | None]]:  # and the ids in the journal, None where nothing is recorded
         "Answer, record and count; raises what the engine raises, and 503 if it must be recorded and cannot."
         began = time.perf_counter()
-        result = await self.engine.predict(tiles, deadline_s=self.config.deadline_s)
+        with self.traces.part("infer", tiles=len(tiles)):
+            result = await self.engine.predict(tiles, deadline_s=self.config.deadline_s)
         ids = await self._finish(tiles, result, request_id, 1000 * (time.perf_counter() - began))
         if result.shadow:
             task = asyncio.create_task(self._follow(result.shadow, tiles, request_id))

@@ -48,6 +48,7 @@ from .problems import hash_key, new_key, serve_config
 from .serve import make_app
 from .service import Service
 from .telemetry import json_log
+from .traces import Traces
 
 # %% ../nbs/58_serving_verbs.ipynb #hurried
 HEAD_S, IDLE_S = 10.0, 65.0  # for the head of the first request, and of the next
@@ -190,8 +191,8 @@ async def serve(
     held = [bind(host, each) for each in ([port, admin_port] if admin_port else [port])]
     engine = Engine(settings, open_model(model, settings), threads, queue=queue)
     journal = await asyncio.to_thread(journal_of, settings)
-    app = make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"))
-    service: Service = app.state.service
+    service = Service(config, engine, journal, Traces(settings.traces))
+    app = make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"), service)
     servers = {make_server(app): held[0]}
     if admin_port:
         servers[make_server(make_app(config, engine, journal, ("admin",), service))] = held[1]
