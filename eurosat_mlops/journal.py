@@ -70,14 +70,15 @@ def _insert(entries: list[list[Any]], pngs: list[bytes | None], database: Databa
     return ids
 
 
-def _find(database: Database, entry: int | str) -> list[tuple[Any, ...]]:  # id, SHA-256 of the tile, classes
-    "An entry by its id, or all entries of a request."
+def _find(database: Database, entry: int | str, asked: str = "") -> list[tuple[Any, ...]]:  # id, SHA-256, classes
+    "An entry by its id, or all entries of a request; if a request is named, only what belongs to it."
     if isinstance(entry, int) and not 0 < entry < 2**63:
         raise bad_value("id", entry, "a positive number of 64 bits")
     column = "id" if isinstance(entry, int) else "request_id"
     value = entry if isinstance(entry, int) else check_text("request_id", entry)
     columns = "id, input_hash, length(probabilities) / 4"
-    if rows := database.ask(f"SELECT {columns} FROM entries WHERE {column} = ? ORDER BY id", value):  # noqa: S608
+    found = f"SELECT {columns} FROM entries WHERE {column} = ? AND (? = '' OR request_id = ?) ORDER BY id"  # noqa: S608
+    if rows := database.ask(found, value, asked, asked):
         return rows
     raise EurosatError(f"journal: nothing is kept under {entry!r}; it was deleted, or is too old, or never was")
 
@@ -244,8 +245,8 @@ class _Exported(_Readable):
 
 
 # %% ../nbs/40_journal.ipynb #care-jobs
-def _label(entry: int | str, label: str, source: str, classes: int, database: Database) -> list[int]:
-    rows = _find(database, entry)
+def _label(entry: int | str, label: str, source: str, classes: int, asked: str, database: Database) -> list[int]:
+    rows = _find(database, entry, asked)
     if len({tile for _, tile, _ in rows}) > 1:
         raise bad_value(
             "entry", entry, f"an id, since that request was about several tiles: {[row[0] for row in rows][:20]}"
@@ -276,13 +277,13 @@ class _Corrected(_Exported):
         label: str,
         source: str,  # where the label comes from, e.g. page or expert
         classes: Sequence[str],  # of the model that answered
+        request_id: str = "",  # that the entry must be of; empty: of any
     ) -> list[int]:  # ids of the entries that have it now
         "Put a label that people gave beside a prediction."
         if label not in classes:
             raise bad_value("label", label, ", ".join(classes))
-        return list(
-            self._commits.add(partial(_label, entry, label, check_text("source", source), len(classes))).result()
-        )
+        work = partial(_label, entry, label, check_text("source", source), len(classes), request_id)
+        return list(self._commits.add(work).result())
 
     def delete(self, entry: int | str) -> int:
         "Delete an entry, or all of a request, with images and feedback; their number."

@@ -194,7 +194,9 @@ def test_feedback_lies_beside_and_the_newest_counts(journal: Journal) -> None:
     journal.append([make_entry("one"), make_entry("one", role="shadow"), make_entry("two", seed=1)])
     journal.append([make_entry("many", seed=seed) for seed in range(3)])
     assert journal.feedback("one", "Forest", "page", CLASSES) == [1, 2], "the shadow's entry of the same tile too"
-    assert journal.feedback(1, "SeaLake", "expert", CLASSES) == [1]
+    assert journal.feedback(1, "SeaLake", "expert", CLASSES, request_id="one") == [1]
+    with pytest.raises(EurosatError, match="nothing is kept"):
+        journal.feedback(1, "Forest", "page", CLASSES, request_id="two")
     found = [(record.feedback, record.feedback_source) for record in journal.read(limit=3)]
     assert found == [("SeaLake", "expert"), ("Forest", "page"), ("", "")]
     assert next(journal.read()).label == "River"
