@@ -41,9 +41,12 @@ class Baseline:
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:
         "What is cut into deciles: (n,) each."
-        arrays = self.bundle.reference
-        confidence = arrays["probabilities"].astype(np.float32).max(1)
-        return {"confidence": confidence, "brightness": arrays["channel_mean"].mean(1)}
+        arrays, found = self.bundle.reference, {}
+        if "probabilities" in arrays:
+            found["confidence"] = arrays["probabilities"].astype(np.float32).max(1)
+        if "channel_mean" in arrays:
+            found["brightness"] = arrays["channel_mean"].mean(1)
+        return found
 
     @cached_property
     def edges(self) -> dict[str, np.ndarray]:
@@ -55,7 +58,8 @@ class Baseline:
     def counts(self) -> dict[str, np.ndarray]:
         "How many validation tiles are in each bin."
         cut = {name: _cut(self.edges[name], values) for name, values in self.samples.items()}
-        return {"labels": self.bundle.reference["class_counts"], **cut}
+        labels = self.bundle.reference.get("class_counts")
+        return cut if labels is None else {"labels": labels, **cut}
 
     def _key(self, test: str, bin: int) -> str:
         return f"{self.bundle.id[:12]} {test} {bin}"
@@ -67,7 +71,7 @@ class Baseline:
     ) -> Counter[str]:
         "The bins of N answered tiles, under names of this model's own."
         values = {"confidence": answers.confidence, "brightness": brightness}
-        cut = {name: _cut(self.edges[name], each) for name, each in values.items()}
+        cut = {name: _cut(edges, values[name]) for name, edges in self.edges.items()}
         cut["labels"] = np.bincount(answers.probabilities.argmax(1), minlength=len(answers.classes))
         return Counter({self._key(test, i): int(n) for test, bins in cut.items() for i, n in enumerate(bins) if n})
 
@@ -76,7 +80,7 @@ class Baseline:
         counted: Mapping[str, int],  # sums of what `count` gave
     ) -> dict[str, float | None]:  # labels, confidence, brightness
         "How far each histogram is from validation; None where too little was counted."
-        found = {}
+        found: dict[str, float | None] = dict.fromkeys(("labels", "confidence", "brightness"))
         for test, reference in self.counts.items():
             now = np.array([counted.get(self._key(test, i), 0) for i in range(len(reference))])
             found[test] = population_stability(reference, now)

@@ -34,6 +34,7 @@ from starlette.routing import Route, Router
 
 from .bundle import Bundle
 from .classes import CLASS_WORDS, class_colours, class_title
+from .drift import CHANGED, NOTICE
 
 
 # %% ../nbs/43_page.ipynb #model-facts
@@ -212,6 +213,10 @@ def _status_view() -> FT:
         *lines, id="spark", cls="spark", viewBox="0 0 300 60", preserveAspectRatio="none", aria_hidden="true"
     )
     traffic = ft.Section(ft.H2("Traffic"), ft.P("measuring", id="rate", cls="quiet"), chart, cls="panel block")
+    limits = f"The last hour beside its validation tiles: from {NOTICE} on worth a look, from {CHANGED} on a change."
+    drift = ft.Section(
+        ft.H2("Drift"), ft.P(limits, cls="quiet"), ft.Ul(id="drift", cls="bars words"), cls="panel block"
+    )
     none = ft.P("Nothing in the last hour.", id="counts-none", cls="quiet")
     counts = ft.Section(ft.H2("Seen in the last hour"), none, ft.Ul(id="counts", cls="bars"), cls="panel block")
     return _view(
@@ -219,7 +224,7 @@ def _status_view() -> FT:
         "Status",
         "This service, now: the figures are read every two seconds.",
         ft.Dl(*figures, cls="figures panel"),
-        traffic,
+        ft.Div(traffic, drift, cls="pair"),
         ft.Div(counts, _journal_form(), cls="pair"),
         ft.P(id="status-note", cls="quiet"),
     )

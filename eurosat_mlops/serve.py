@@ -30,6 +30,7 @@ __all__ = [
 # %% ../nbs/49_serve.ipynb #imports
 import asyncio
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -306,16 +307,17 @@ async def delete_entry(request: Request, id: Annotated[int, InPath(ge=1, lt=2**6
 @asking.post("/feedback", responses=_problems(401, 404, 422, 429, 503))
 async def feedback(
     request: Request,
+    asked: Annotated[str, Body(alias="request_id", pattern=r"^[A-Za-z0-9._-]{1,64}$")],
     journal_id: Annotated[int, Body(ge=1, lt=2**63)],
     label: Annotated[str, Body(max_length=100)],
 ) -> Response:
-    "Say what a tile shows in truth."
+    "Say what a tile shows in truth; both ids are in its answer, so that only who asked can say it."
     _admit(request)
     service = service_of(request)
     journal, classes = _journal(service), service.engine.active.classifier.bundle.classes
     if label not in classes:
         raise Problem(422, f"label: expected one of {', '.join(classes)}")
-    await _or_missing(asyncio.to_thread(journal.feedback, journal_id, label, "client", classes))
+    await _or_missing(asyncio.to_thread(journal.feedback, journal_id, label, "client", classes, asked))
     return _json({"request_id": request_id(request), "journal_id": journal_id, "label": label})
 
 
@@ -346,13 +348,16 @@ async def stats(request: Request) -> Response:
     figures = {"requests": live.requests, "p50_ms": live.latency(0.5), "p99_ms": live.latency(0.99), **shares}
     waiting = {"journal_lag": service.journal.lag if service.journal else 0, "queue": service.engine.pump.waiting}
     model = {"version": active.version, "alias": active.alias}
-    return _json({**figures, "class_counts": classes, **waiting, "model": model})
+    drift = {test: far if far is None else round(far, 4) for test, far in service.drift().items()}
+    return _json({**figures, "class_counts": classes, "drift": drift, **waiting, "model": model})
 
 
 @managing.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     "Metrics for Prometheus."
     service = service_of(request)
+    for test, far in service.drift().items():
+        service.telemetry.metrics.drift.labels(test).set(math.nan if far is None else far)
     named = {role: (model.version, model.alias) for role, model in service.engine.models().items()}
     return Response(service.telemetry.metrics.text(named), media_type="text/plain; version=0.0.4; charset=utf-8")
 

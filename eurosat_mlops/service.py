@@ -29,7 +29,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from .bands import InputContract
 from .core import EurosatError
-from .engine import Engine, EngineBusy, Result
+from .drift import Baseline
+from .engine import Engine, EngineBusy, Result, ServingModel
 from .entries import Entry, hash_pixels, utc_now
 from .journal import Journal, JournalError
 from .predict import read_tile
@@ -173,6 +174,7 @@ class _Recording:
         self.config, self.engine, self.journal, self.traces = config, engine, journal, traces
         self.telemetry, self.decoder = Telemetry(), Decoder()
         self.held, self.rate = Held(), RateLimit(config.rate)
+        self._baselines: dict[str, Baseline] = {}
         self.under_way = 0  # requests whose body is here and whose answer is not
         self.closing = False  # no longer ready; what comes is still answered
         self._followed: set[asyncio.Task[None]] = set()
@@ -205,6 +207,18 @@ class _Recording:
 
 # %% ../nbs/48_service.ipynb #finishing
 class _Finishing(_Recording):
+    def baseline(self, model: ServingModel) -> Baseline:
+        "What a model's answers are compared with."
+        if model.version not in self._baselines:
+            loaded = {each.version for each in self.engine.models().values()}
+            self._baselines = {version: each for version, each in self._baselines.items() if version in loaded}
+            self._baselines[model.version] = Baseline(model.classifier.bundle)
+        return self._baselines[model.version]
+
+    def drift(self) -> dict[str, float | None]:
+        "How far the last hour is from the active model's validation tiles, by what is compared."
+        return self.baseline(self.engine.active).drift(self.telemetry.live.counts())
+
     async def _finish(
         self, tiles: np.ndarray, result: Result, request_id: str, latency_ms: float
     ) -> Sequence[int | None]:
@@ -213,6 +227,8 @@ class _Finishing(_Recording):
         answers, telemetry = result.answers, self.telemetry
         counts = int(answers.uncertain.sum()), int(answers.unfamiliar.sum())
         telemetry.answered(result.role, answers.names, answers.confidence, *counts, latency_ms)
+        if result.role != "shadow":
+            telemetry.live.tally(self.baseline(result.model).count(answers, tiles.mean((1, 2, 3), np.float32)))
         telemetry.metrics.queue_seconds.observe(result.queue_ms / 1000)
         telemetry.metrics.compute_seconds.observe(result.compute_ms / 1000)
         telemetry.metrics.batch.observe(result.batch)

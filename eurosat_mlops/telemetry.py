@@ -36,12 +36,16 @@ class Live:
         latency_ms: float,
         now: float | None = None,  # s
     ) -> None:
+        self.tally(names, now)
+        self._latencies.append(latency_ms)
+        self.requests += 1
+
+    def tally(self, names: Mapping[str, int], now: float | None = None) -> None:
+        "Count what is no request of its own."
         minute = int(time.monotonic() if now is None else now) // 60
         if not self._minutes or self._minutes[-1][0] != minute:
             self._minutes.append((minute, Counter()))
         self._minutes[-1][1].update(names)
-        self._latencies.append(latency_ms)
-        self.requests += 1
 
     def counts(self, now: float | None = None) -> Counter[str]:
         "What was counted within the last hour."

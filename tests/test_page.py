@@ -300,6 +300,11 @@ def test_status_is_live(visit: Callable[..., Visit], service: Running) -> None:
     counts = here.page.locator("#counts li").all_inner_texts()
     assert len(counts) == len(service.bundle.classes)
     playwright.expect(here.page.locator("#rate")).to_contain_text("requests/s")
+    playwright.expect(here.page.locator("#drift li")).to_have_count(3)
+    tile = picture(golden(service)[0][2])["buffer"]
+    files = [("files", ("tile.png", tile, "image/png"))] * 250
+    httpx.post(f"{service.url}predict/batch", files=files, timeout=30).raise_for_status()
+    playwright.expect(here.page.locator("#drift")).to_contain_text("changed")  # one tile, 250 times
 
 
 def test_long_uploads_show_how_far_they_are(visit: Callable[..., Visit], service: Running) -> None:

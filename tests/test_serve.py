@@ -115,9 +115,9 @@ def test_refusals_are_problem_details(bundle_folder: Path, tmp_path: Path, tile:
                 (422, asked.post("/predict", files={"image": ("t.png", tile)})),
                 (422, asked.post("/predict", content=b"x", headers={"Content-Type": "multipart/form-data"})),
                 (422, asked.post("/predict/batch", files=[("files", tile)] * 4)),
-                (422, asked.post("/feedback", json={"journal_id": 1, "label": "Moon"})),
+                (422, asked.post("/feedback", json={"request_id": "a", "journal_id": 1, "label": "Moon"})),
                 (422, asked.post("/feedback", content=b"{")),
-                (404, asked.post("/feedback", json={"journal_id": 99, "label": "River"})),
+                (404, asked.post("/feedback", json={"request_id": "a", "journal_id": 99, "label": "River"})),
                 (404, asked.get("/nothing")),
                 (405, asked.get("/predict")),
                 (401, asked.get("/journal")),
@@ -188,9 +188,12 @@ def test_keys_and_rate_for_predictions(bundle_folder: Path, tmp_path: Path, tile
 def test_the_record_is_kept_corrected_exported_and_deleted(bundle_folder: Path, tmp_path: Path, tile: bytes) -> None:
     async def run() -> None:
         async with client(bundle_folder, tmp_path) as asked:
-            ids = [(await asked.post("/predict", content=tile)).json()["journal_id"] for _ in range(3)]
-            assert ids == [1, 2, 3]
-            said = await asked.post("/feedback", json={"journal_id": 2, "label": "River"})
+            asks = [(await asked.post("/predict", content=tile)).json() for _ in range(3)]
+            assert [each["journal_id"] for each in asks] == [1, 2, 3]
+            truth = {"request_id": asks[1]["request_id"], "journal_id": 2, "label": "River"}
+            for wrong in (asks[0]["request_id"], "guessed"):
+                assert (await asked.post("/feedback", json=truth | {"request_id": wrong})).status_code == 404
+            said = await asked.post("/feedback", json=truth)
             assert said.status_code == 200 and said.json()["label"] == "River"
             assert (await asked.delete("/journal/1", headers=ADMIN)).status_code == 204
             rows = [json.loads(r) for r in (await asked.get("/journal?format=jsonl", headers=ADMIN)).text.splitlines()]

@@ -331,7 +331,7 @@ function wrong(card) {
 
 async function tell(one) {
   try {
-    const body = JSON.stringify({ journal_id: judged.heard.journal_id, label: one.name });
+    const body = JSON.stringify({ request_id: judged.heard.request_id, journal_id: judged.heard.journal_id, label: one.name });
     const type = { "Content-Type": "application/json" };
     await withKey((headers) => ask("feedback", { method: "POST", headers: { ...type, ...headers }, body }), false);
   } catch (problem) {
@@ -411,6 +411,7 @@ async function activate(version, button, status) {
 
 // ---- status
 
+const DRIFT = { labels: "Kinds of land", confidence: "How sure it is", brightness: "How bright" };
 const history = []; // of the last two minutes: [time, requests]
 
 async function showStatus() {
@@ -434,6 +435,11 @@ async function showStatus() {
   const most = Math.max(1, ...counts.map(([, n]) => n));
   bars($("counts"), counts.map(([name, n]) => [classOf(name), n / most, n.toLocaleString("en")]));
   $("counts-none").hidden = counts.some(([, n]) => n > 0);
+  bars($("drift"), Object.entries(stats.drift).map(([test, far]) => {
+    const [words, colour] = far == null ? ["too few yet", ""] : far < 0.1 ? [`${far.toFixed(2)} steady`, "var(--sure)"]
+      : far < 0.25 ? [`${far.toFixed(2)} look`, "var(--unsure)"] : [`${far.toFixed(2)} changed`, "var(--strange)"];
+    return [{ title: DRIFT[test] ?? test, colour }, far == null ? 0 : Math.min(1, far / 0.5), words];
+  }));
   history.push([performance.now() / 1000, stats.requests]);
   while (history.length > 61) history.shift();
   spark();
