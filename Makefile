@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate release serve test prep export lint docs bench results lab clean
+.PHONY: help setup train evaluate release serve load bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ release: setup ## Make a release candidate of the latest run: int8, parity, late
 serve: setup ## Serve the model in production, or ARGS="--model runs/latest", on http://127.0.0.1:8000
 	$(BIN)/eurosat serve $(ARGS)
 
+load: setup ## Let many clients ask the service, by locust; ARGS="--users 64", or ARGS="http://host:8000" for one that runs
+	$(BIN)/eurosat load $(ARGS)
+
+bench: setup ## Measure the service: speed, overload, memory, and a plain service to compare; ARGS="--soak-minutes 30"
+	$(BIN)/eurosat bench $(ARGS)
+
 test: setup ## Run every notebook, then the tests, which must cover 90 % of the package
 	$(BIN)/pytest -q --nbval-lax --nbval-cell-timeout=300 nbs
 	$(BIN)/pytest --cov --cov-fail-under=90 tests
@@ -57,8 +63,8 @@ lint: setup ## Check style, format and types
 docs: setup ## Preview the site in _docs/ and check its links (the published one is built by Quarto on GitHub)
 	$(BIN)/python .ci/preview.py site
 
-bench: setup ## Train once with the simple profiler and show where the time went
-	$(BIN)/eurosat train --name bench --profile simple $(ARGS)
+profile: setup ## Train once with the simple profiler and show where the time went
+	$(BIN)/eurosat train --name profile --profile simple $(ARGS)
 
 results: setup ## Train, evaluate and release the default recipe on both splits of EuroSAT; the README shows what comes out
 	set -e; for split in random spatial; do \

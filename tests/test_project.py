@@ -60,7 +60,7 @@ def text_outputs(path: Path) -> str:
 
 
 def test_the_notebooks_are_found() -> None:
-    assert {"train.ipynb", "evaluate.ipynb", "index.ipynb"} <= {path.name for path in RUNS}
+    assert {"train.ipynb", "evaluate.ipynb", "benchmark.ipynb", "index.ipynb"} <= {path.name for path in RUNS}
     assert len(ROOMS) >= 10
 
 
