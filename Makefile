@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate release serve load bench profile test prep export lint docs results lab clean
+.PHONY: help setup train evaluate release serve load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ docs: setup ## Preview the site in _docs/ and check its links (the published one
 
 profile: setup ## Train once with the simple profiler and show where the time went
 	$(BIN)/eurosat train --name profile --profile simple $(ARGS)
+
+chaos: setup ## Do harm to the service and hold it to its promises, some 15 minutes; ARGS="--quick --model runs/latest"
+	$(BIN)/eurosat chaos $(ARGS)
 
 results: setup ## Train, evaluate and release the default recipe on both splits of EuroSAT; the README shows what comes out
 	set -e; for split in random spatial; do \

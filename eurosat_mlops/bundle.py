@@ -247,7 +247,8 @@ def _manifest(folder: Path) -> tuple[str, dict[str, str]]:
     except (FileNotFoundError, NotADirectoryError):
         raise EurosatError(f"{folder}: no bundle here ({MANIFEST} is missing); name a bundle's folder") from None
     try:
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in content.decode().splitlines())}
+        lines = content.decode().removesuffix("\n").split("\n")  # splitlines would take other bytes for line ends too
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except ValueError:
         raise EurosatError(
             f"{folder / MANIFEST}: not a list of hashes; the bundle is damaged, fetch it again"
