@@ -239,7 +239,8 @@ class _Asked:
         self._owed -= 1
         return self.canary, "canary"
 
-    async def _ask(self, model: ServingModel, role: str, tiles: np.ndarray, deadline_s: float) -> Result:
+    async def ask(self, model: ServingModel, role: str, tiles: np.ndarray, deadline_s: float) -> Result:
+        "Answer tiles by one of the loaded models."
         self.pump.admit(len(tiles))
         size = self.pump.batch
         pieces = [tiles[i : i + size] for i in range(0, max(len(tiles), 1), size)]
@@ -253,7 +254,7 @@ class _Asked:
 
     async def _ask_shadow(self, model: ServingModel, tiles: np.ndarray, deadline_s: float) -> Result | None:
         try:
-            return await self._ask(model, "shadow", tiles, deadline_s)
+            return await self.ask(model, "shadow", tiles, deadline_s)
         except EurosatError as error:
             log.debug("the shadow did not answer: %s", error)
             return None
@@ -303,7 +304,7 @@ class _Answering(_Explaining):
         "Answer tiles, together with what else waits; raises `EngineBusy`, `DeadlinePassed` or `EngineClosed`."
         model, role = self._choose()
         shadow, room = self.shadow, self.pump.waiting + 2 * len(tiles) <= self.pump.queue // 2
-        result = await self._ask(model, role, tiles, deadline_s)
+        result = await self.ask(model, role, tiles, deadline_s)
         if shadow is None or not room:
             return result
         task = asyncio.create_task(self._ask_shadow(shadow, tiles, deadline_s))

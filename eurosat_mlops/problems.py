@@ -6,6 +6,7 @@
 __all__ = [
     "TITLES",
     "SECURITY",
+    "FULL",
     "Problem",
     "describe",
     "refuse",
@@ -19,6 +20,8 @@ __all__ = [
     "new_key",
     "check_key",
     "RateLimit",
+    "own_id",
+    "raw_refusal",
     "Guard",
 ]
 
@@ -87,7 +90,9 @@ def describe(
     title = TITLES.get(problem.status) or HTTPStatus(problem.status).phrase
     kind = f"urn:eurosat:problem:{title.lower().replace(' ', '-')}"
     names = ("type", "title", "status", "detail", "instance", "request_id")
-    return dict(zip(names, (kind, title, problem.status, problem.detail, instance, request_id), strict=True))
+    values = (kind, title, problem.status, problem.detail, instance, request_id)
+    protocol = {"error": problem.detail} if instance.startswith("/v2") else {}  # where its clients look for the reason
+    return {**dict(zip(names, values, strict=True)), **protocol}
 
 
 def refuse(problem: Problem, request: Request) -> Response:
@@ -102,10 +107,18 @@ def request_id(request: Request) -> str:
 
 
 # %% ../nbs/46_problems.ipynb #to-problem
+def _let_go(error: BaseException | None) -> None:
+    "Let an error forget where it came from: its frames hold images and bodies, and form a circle."
+    while error is not None:
+        error.__traceback__ = None
+        error.__context__, error = None, error.__context__
+
+
 def to_problem(
     error: Exception,
 ) -> Problem:
     "Our own errors as problems; what is not foreseen says nothing about its inside."
+    _let_go(error)
     if isinstance(error, Problem):
         return error
     if isinstance(error, EngineBusy):
@@ -251,7 +264,6 @@ class RateLimit:
 
 
 # %% ../nbs/46_problems.ipynb #browser-headers
-_FULL = "too many requests are under way; ask again soon"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -273,6 +285,28 @@ def _complete(message: Message, id: str, closing: bool) -> None:
     message["headers"] = [*message["headers"], *more]
 
 
+# %% ../nbs/46_problems.ipynb #raw-refusal
+FULL = to_problem(EngineBusy("too many requests are under way; ask again soon"))
+
+
+def own_id(given: str) -> str:
+    "The request id that a client gave, if it is one; otherwise a new one."
+    return given if _ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def raw_refusal(
+    problem: Problem,
+    path: str,
+    id: str,  # of the request
+) -> bytes:
+    "The refusal as the bytes of an HTTP/1.1 answer, for when there is no time for more."
+    body = json.dumps(describe(problem, path, id)).encode()
+    head = {"content-type": "application/problem+json", "content-length": str(len(body)), "x-request-id": id}
+    lines = [f"{name}: {value}" for name, value in (SECURITY | problem.headers | head).items()]
+    status = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"
+    return "\r\n".join([status, *lines, "", ""]).encode() + body
+
+
 # %% ../nbs/46_problems.ipynb #guard
 class Guard:
     "Request ids, security headers and the last word on errors, around an ASGI application."
@@ -282,7 +316,7 @@ class Guard:
         app: ASGIApp,
         seen: Callable[[Scope, int, float], None],  # is told the scope, the status and the seconds of each request
         closing: Callable[[], bool] = lambda: False,  # while it is true, connections are not kept
-        full: Callable[[Scope], bool] = lambda scope: False,  # requests that are refused before any work is done
+        full: Callable[[str], bool] = lambda path: False,  # paths that are refused before any work is done
         trace: Callable[[Scope], AbstractContextManager[Any]] = nullcontext,  # is entered for each request
     ) -> None:
         self.app, self.seen, self.closing, self.full, self.trace = app, seen, closing, full, trace
@@ -295,8 +329,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.perf_counter(), 0
-        given = Headers(scope=scope).get("x-request-id", "")
-        scope["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        scope["request_id"] = own_id(Headers(scope=scope).get("x-request-id", ""))
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -306,8 +339,8 @@ class Guard:
             await send(message)
 
         try:
-            if self.full(scope):
-                await refuse(to_problem(EngineBusy(_FULL)), Request(scope))(scope, receive, answer)
+            if self.full(scope["path"]):
+                await refuse(FULL, Request(scope))(scope, receive, answer)
             else:
                 await self.app(scope, receive, answer)
         except ClientDisconnect:

@@ -15,8 +15,10 @@ __all__ = [
     "describe_model",
     "models",
     "activate",
-    "set_beside",
-    "end_beside",
+    "set_shadow",
+    "set_canary",
+    "end_shadow",
+    "end_canary",
     "export_journal",
     "delete_entry",
     "feedback",
@@ -29,7 +31,6 @@ __all__ = [
 
 # %% ../nbs/49_serve.ipynb #imports
 import asyncio
-import json
 import math
 import os
 import tempfile
@@ -38,30 +39,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Query, Request, Response, Security
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from . import __version__
+from . import __version__, interface
+from .bundle import read_bundle
 from .core import EurosatError, log
-from .engine import Engine, ServingModel
+from .engine import DeadlinePassed, Engine, EngineBusy, ServingModel
+from .interface import answers_with, json_answer, refused_with
 from .journal import Journal, JournalError
 from .page import make_page
 from eurosat_mlops.problems import (
-    TITLES,
     Guard,
     Problem,
     ServeConfig,
     check_key,
-    hash_key,
     read_body,
     refuse,
     request_id,
     to_problem,
 )
+from .protocol import protocol
 from .registry import ALIASES, open_registry
 from .service import Service, answer_json, model_json, read_files
 
@@ -73,38 +76,26 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(json.dumps(value, ensure_ascii=False), status, media_type="application/json")
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    "What the description of the interface says of refusals."
-    names = {"type": "string", "title": "string", "status": "integer", "detail": "string", "instance": "string"}
-    fields = {name: {"type": kind} for name, kind in (names | {"request_id": "string"}).items()}
-    content = {"application/problem+json": {"schema": {"type": "object", "properties": fields}}}
-    return {status: {"description": TITLES[status], "content": content} for status in statuses}
-
-
-def _admit(request: Request, count: int = 1) -> None:
-    "Let through who may ask, as often as they may."
-    service = service_of(request)
-    if service.config.predict_keys:
-        check_key(request, service.config.predict_keys + service.config.keys)
-    key = request.headers.get("authorization") if service.config.predict_keys else None
-    service.rate.take(hash_key(key) if key else request.client.host if request.client else "", count)
-
-
 # %% ../nbs/49_serve.ipynb #predict-route
 asking = APIRouter(tags=["predictions"])
-_IMAGE = {"schema": {"type": "string", "format": "binary"}}
-_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
-_BODY = {"required": True, "content": {"image/*": _IMAGE, "multipart/form-data": {"schema": _FORM}}}
-_TILE = {"label": "River", "confidence": 0.97, "probabilities": {"River": 0.97, "SeaLake": 0.03}, "uncertain": False}
-_EXAMPLE = {"content": {"application/json": {"example": {"request_id": "5f0c1d", **_TILE, "unfamiliar": False}}}}
-_REFUSED = (401, 408, 413, 415, 422, 429, 503, 504)
+_REFUSED = (400, 401, 408, 413, 415, 422, 429, 503, 504)
+_EXAMPLE = {"request_id": "5f0c1d", "model": interface.ANSWERING, **interface.JUDGEMENT}
 
 
-@asking.post("/predict", responses=_problems(*_REFUSED) | {200: _EXAMPLE}, openapi_extra={"requestBody": _BODY})
+async def _explain(service: Service, tile: np.ndarray, model: ServingModel) -> list[list[float]] | None:
+    "What part decided; an answer that is there already is not lost for want of it."
+    try:
+        shares = await service.engine.explain(tile, model, deadline_s=service.config.deadline_s)
+    except (EngineBusy, DeadlinePassed):
+        return None
+    return shares.round(3).tolist()
+
+
+@asking.post(
+    "/predict",
+    responses=answers_with(interface.Answer, *_REFUSED, example=_EXAMPLE),
+    openapi_extra=interface.takes_files("file", many=False),
+)
 async def predict(
     request: Request,
     top_k: Annotated[int, Query(ge=1, le=1000)] = 3,
@@ -112,8 +103,8 @@ async def predict(
     resize: bool = False,
 ) -> Response:
     "What land cover a tile shows: an image as the body, or as the file of a form."
-    _admit(request)
     service, id = service_of(request), request_id(request)
+    service.admit(request)
     body = await read_body(request, service.config.image_bytes, service.config, service.held)
     with service.place():
         files = await read_files(body, request.headers.get("content-type", ""), "file", 1)
@@ -121,20 +112,22 @@ async def predict(
         result, ids = await service.answer(tile[None], id)
         answer = {"request_id": id, "model": model_json(result), **answer_json(result, 0, ids[0], top_k)}
         if explain:
-            shares = await service.engine.explain(tile, result.model, deadline_s=service.config.deadline_s)
-            answer["explanation"] = shares.round(3).tolist()
-    return _json(answer)
+            answer["explanation"] = await _explain(service, tile, result.model)
+    return json_answer(answer)
 
 
 # %% ../nbs/49_serve.ipynb #batch-route
-_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
-_MANY = {"schema": {"type": "object", "required": ["files"], "properties": {"files": _FILES}}}
+_ROWS = [
+    {"name": "tile.jpg", "status": "ok", **interface.JUDGEMENT},
+    {"name": "a.txt", "status": "error", "problem": "no image"},
+]
+_BATCH = {"request_id": "5f0c1d", "model": interface.ANSWERING, "results": _ROWS}
 
 
 @asking.post(
     "/predict/batch",
-    responses=_problems(*_REFUSED),
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": _MANY}}},
+    responses=answers_with(interface.BatchAnswer, *_REFUSED, example=_BATCH),
+    openapi_extra=interface.takes_files("files", many=True),
 )
 async def predict_batch(
     request: Request,
@@ -143,10 +136,10 @@ async def predict_batch(
 ) -> Response:
     "What land cover each of many tiles shows."
     service, config, id = service_of(request), service_of(request).config, request_id(request)
-    _admit(request, 0)
+    service.admit(request, 0)
     body = await read_body(request, config.batch_bytes, config, service.held)
     files = await read_files(body, request.headers.get("content-type", ""), "files", config.batch_files)
-    _admit(request, len(files))
+    service.admit(request, len(files))
     with service.place():
         found = await service.decoder.read_all(files, service.engine, resize)
         tiles = [each for each in found if isinstance(each, np.ndarray)]
@@ -158,7 +151,7 @@ async def predict_batch(
             results.append({"name": name, "status": "ok", **next(rows)})
         else:
             results.append({"name": name, "status": "error", "problem": to_problem(each).detail})
-    return _json({"request_id": id, "model": answered and model_json(answered[0]), "results": results})
+    return json_answer({"request_id": id, "model": answered and model_json(answered[0]), "results": results})
 
 
 # %% ../nbs/49_serve.ipynb #describe-model
@@ -192,18 +185,26 @@ def _released(service: Service) -> list[dict[str, Any]]:
 
 # %% ../nbs/49_serve.ipynb #models-routes
 state = APIRouter(tags=["state"])
-managing = APIRouter(tags=["administration"])
+_KEY = HTTPBearer(auto_error=False, description="A key of the service; `check_key` has the last word.")
+managing = APIRouter(tags=["administration"], dependencies=[Security(_KEY)])
 Version = Annotated[str, InPath(pattern=rf"^([0-9a-f]{{8,64}}|{'|'.join(ALIASES)})$")]
 
 
-@state.get("/models")
+@state.get(
+    "/models",
+    responses=answers_with(
+        interface.ModelList, example={"active": interface.MODEL_FACTS, "models": [interface.MODEL_FACTS]}
+    ),
+)
 async def models(request: Request) -> Response:
     "The active model, and all that can be switched to."
     service = service_of(request)
     loaded = [_loaded(model, role) for role, model in service.engine.models().items()]
     others = await asyncio.to_thread(_released, service)
     known = {each["version"] for each in loaded}
-    return _json({"active": loaded[0], "models": loaded + [each for each in others if each["version"] not in known]})
+    return json_answer(
+        {"active": loaded[0], "models": loaded + [each for each in others if each["version"] not in known]}
+    )
 
 
 # %% ../nbs/49_serve.ipynb #activate-route
@@ -211,6 +212,8 @@ async def _source(service: Service, version: str) -> Path | str:
     "Where a version is; 404 if nowhere."
     known: dict[str, Path] = service.engine.known
     if version in known:
+        if (found := (await asyncio.to_thread(read_bundle, known[version])).id) != version:
+            raise Problem(422, f"the files of version {version[:12]} are now those of {found[:12]}; mend its folder")
         return known[version]
     try:
         folder = await asyncio.to_thread(open_registry(service.engine.settings).fetch, version)
@@ -220,39 +223,61 @@ async def _source(service: Service, version: str) -> Path | str:
         raise Problem(404, f"no version {version[:12]}; GET /models lists those that there are") from None
 
 
-@managing.post("/models/{version}/activate", responses=_problems(401, 403, 404, 422))
-async def activate(request: Request, version: Version) -> Response:
-    "Let another version answer; one that does not verify, or answers its golden tiles wrongly, changes nothing."
+def _managed(request: Request) -> Service:
+    "The service, for who has a key."
     service = service_of(request)
     check_key(request, service.config.keys)
+    return service
+
+
+@managing.post("/models/{version}/activate", responses=answers_with(interface.Activated, 401, 403, 404, 422))
+async def activate(request: Request, version: Version) -> Response:
+    "Let another version answer; one that does not verify, or answers its golden tiles wrongly, changes nothing."
+    service = _managed(request)
     model = await service.engine.activate(await _source(service, version))
     log.info("model activated", extra={"data": {"version": model.version, "request_id": request_id(request)}})
-    return _json({"active": _loaded(model, "primary")})
+    return json_answer({"active": _loaded(model, "primary")})
 
 
 # %% ../nbs/49_serve.ipynb #beside-routes
-@managing.put("/models/{role}/{version}", responses=_problems(401, 403, 404, 422))
-async def set_beside(
-    request: Request,
-    role: Literal["shadow", "canary"],
-    version: Version,
-    share: Annotated[float, Query(ge=0, le=1)] = 0.05,
-) -> Response:
-    "Let a version answer beside the active one: all requests for the journal alone (shadow), or a share (canary)."
-    service = service_of(request)
-    check_key(request, service.config.keys)
-    source = await _source(service, version)
-    await (service.engine.set_shadow(source) if role == "shadow" else service.engine.set_canary(source, share))
-    return _json({each: model.version for each, model in service.engine.models().items()})
+_ROLES = answers_with(interface.Roles, 401, 403, 404, 422)
 
 
-@managing.delete("/models/{role}", responses=_problems(401, 403, 422))
-async def end_beside(request: Request, role: Literal["shadow", "canary"]) -> Response:
-    "End a shadow or a canary."
-    service = service_of(request)
-    check_key(request, service.config.keys)
-    await (service.engine.set_shadow(None) if role == "shadow" else service.engine.set_canary(None))
-    return _json({each: model.version for each, model in service.engine.models().items()})
+def _roles(service: Service) -> Response:
+    return json_answer({role: model.version for role, model in service.engine.models().items()})
+
+
+@managing.put("/models/shadow/{version}", responses=_ROLES)
+async def set_shadow(request: Request, version: Version) -> Response:
+    "Let a version answer all requests beside the active one, for the journal alone."
+    service = _managed(request)
+    await service.engine.set_shadow(await _source(service, version))
+    return _roles(service)
+
+
+@managing.put("/models/canary/{version}", responses=_ROLES)
+async def set_canary(request: Request, version: Version, share: Annotated[float, Query(ge=0, le=1)] = 0.05) -> Response:
+    "Let a version answer a share of the requests."
+    service = _managed(request)
+    await service.engine.set_canary(await _source(service, version), share)
+    return _roles(service)
+
+
+# %% ../nbs/49_serve.ipynb #end-beside-routes
+@managing.delete("/models/shadow", responses=_ROLES)
+async def end_shadow(request: Request) -> Response:
+    "End the shadow."
+    service = _managed(request)
+    await service.engine.set_shadow(None)
+    return _roles(service)
+
+
+@managing.delete("/models/canary", responses=_ROLES)
+async def end_canary(request: Request) -> Response:
+    "End the canary."
+    service = _managed(request)
+    await service.engine.set_canary(None)
+    return _roles(service)
 
 
 # %% ../nbs/49_serve.ipynb #journal-routes
@@ -265,7 +290,13 @@ def _journal(service: Service) -> Journal:
     return service.journal
 
 
-@managing.get("/journal", responses=_problems(401, 403, 404, 422, 503))
+_RECORD = {
+    "content": {kind: {"schema": {"type": "string"}} for kind in FORMS.values()},
+    "headers": interface.headers_of(200),
+}
+
+
+@managing.get("/journal", response_class=FileResponse, responses=refused_with(401, 403, 404, 422, 503) | {200: _RECORD})
 async def export_journal(
     request: Request,
     format: Literal["csv", "parquet", "jsonl"] = "csv",
@@ -273,8 +304,7 @@ async def export_journal(
     until: str = "",
 ) -> Response:
     "The record as a file; times are like 2026-01-31 or 2026-01-31T12:00:00Z."
-    service = service_of(request)
-    check_key(request, service.config.keys)
+    service = _managed(request)
     handle, name = tempfile.mkstemp(suffix=f".{format}")
     os.close(handle)
     try:
@@ -295,48 +325,47 @@ async def _or_missing(work: Any) -> None:
         raise Problem(404, str(error)) from None
 
 
-@managing.delete("/journal/{id}", status_code=204, responses=_problems(401, 403, 404, 422, 503))
+@managing.delete("/journal/{id}", status_code=204, responses=refused_with(401, 403, 404, 422, 503))
 async def delete_entry(request: Request, id: Annotated[int, InPath(ge=1, lt=2**63)]) -> Response:
     "Delete an entry with all that belongs to it."
-    service = service_of(request)
-    check_key(request, service.config.keys)
+    service = _managed(request)
     await _or_missing(asyncio.to_thread(_journal(service).delete, id))
     return Response(status_code=204)
 
 
-@asking.post("/feedback", responses=_problems(401, 404, 422, 429, 503))
+@asking.post("/feedback", responses=answers_with(interface.Corrected, 400, 401, 404, 422, 429, 503))
 async def feedback(
     request: Request,
-    asked: Annotated[str, Body(alias="request_id", pattern=r"^[A-Za-z0-9._-]{1,64}$")],
-    journal_id: Annotated[int, Body(ge=1, lt=2**63)],
-    label: Annotated[str, Body(max_length=100)],
+    asked: Annotated[str, Body(alias="request_id", pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["5f0c1d"])],
+    journal_id: Annotated[int, Body(ge=1, lt=2**63, examples=[7])],
+    label: Annotated[str, Body(max_length=100, examples=["River"])],
 ) -> Response:
     "Say what a tile shows in truth; both ids are in its answer, so that only who asked can say it."
-    _admit(request)
     service = service_of(request)
+    service.admit(request)
     journal, classes = _journal(service), service.engine.active.classifier.bundle.classes
     if label not in classes:
         raise Problem(422, f"label: expected one of {', '.join(classes)}")
     await _or_missing(asyncio.to_thread(journal.feedback, journal_id, label, "client", classes, asked))
-    return _json({"request_id": request_id(request), "journal_id": journal_id, "label": label})
+    return json_answer({"request_id": request_id(request), "journal_id": journal_id, "label": label})
 
 
 # %% ../nbs/49_serve.ipynb #state-routes
-@state.get("/healthz")
+@state.get("/healthz", responses=answers_with(interface.Status))
 async def healthy() -> Response:
     "The process lives."
-    return _json({"status": "ok"})
+    return json_answer({"status": "ok"})
 
 
-@state.get("/readyz", responses=_problems(503))
+@state.get("/readyz", responses=answers_with(interface.Status, 503))
 async def ready(request: Request) -> Response:
     "Requests should come here."
     if service_of(request).closing:
         raise Problem(503, "going down; ask another server", {"Retry-After": "5"})
-    return _json({"status": "ready"})
+    return json_answer({"status": "ready"})
 
 
-@state.get("/stats")
+@state.get("/stats", responses=answers_with(interface.Stats, example=interface.STATS))
 async def stats(request: Request) -> Response:
     "Live figures of the last hour, for people."
     service = service_of(request)
@@ -349,7 +378,7 @@ async def stats(request: Request) -> Response:
     waiting = {"journal_lag": service.journal.lag if service.journal else 0, "queue": service.engine.pump.waiting}
     model = {"version": active.version, "alias": active.alias}
     drift = {test: far if far is None else round(far, 4) for test, far in service.drift().items()}
-    return _json({**figures, "class_counts": classes, "drift": drift, **waiting, "model": model})
+    return json_answer({**figures, "class_counts": classes, "drift": drift, **waiting, "model": model})
 
 
 @managing.get("/metrics", include_in_schema=False)
@@ -371,7 +400,8 @@ async def _refused(request: Request, error: Exception) -> Response:
         first = error.errors()[0]
         error = Problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300])
     if isinstance(error, JournalError):
-        error = Problem(503, str(error), {"Retry-After": "5"})
+        log.error("journal: %s", error, extra={"data": {"request_id": request_id(request)}})
+        error = Problem(503, "the record cannot be read or written; ask again later", {"Retry-After": "5"})
     return refuse(to_problem(error), request)
 
 
@@ -387,7 +417,7 @@ def make_app(
     app.state.service = service = service or Service(config, engine, journal)
     guards: dict[str, Any] = {"seen": service.telemetry.seen, "closing": lambda: service.closing}
     guards["trace"] = service.traces.request
-    guards["full"] = lambda scope: service.full and scope["path"].startswith(("/predict", "/v2/models/"))
+    guards["full"] = service.turns_away
     app.add_middleware(Guard, **guards)
     for kind in (EurosatError, Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
@@ -396,5 +426,6 @@ def make_app(
         app.include_router(managing)
     if "public" in parts:
         app.include_router(asking)
+        app.include_router(protocol)
         app.router.routes.extend(make_page(lambda: engine.active.classifier.bundle).routes)
     return app

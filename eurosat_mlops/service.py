@@ -16,25 +16,30 @@ __all__ = [
 
 # %% ../nbs/48_service.ipynb #imports
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
 from .bands import InputContract
-from .core import EurosatError
+from .core import EurosatError, log
+from .data import MAX_PIXELS
 from .drift import Baseline
 from .engine import Engine, EngineBusy, Result, ServingModel
 from .entries import Entry, hash_pixels, utc_now
 from .journal import Journal, JournalError
 from .predict import read_tile
-from .problems import Held, Problem, RateLimit, ServeConfig
+from .problems import FULL, Held, Problem, RateLimit, ServeConfig, check_key, hash_key, raw_refusal
 from .telemetry import Telemetry
 from .traces import Traces
 
@@ -46,9 +51,23 @@ def check_format(
     data: bytes,
     name: str,  # for the problem
 ) -> None:
-    "Refuse what does not begin like JPEG, PNG, BMP, WebP or TIFF: 415."
+    "Refuse what does not begin like JPEG, PNG, BMP, WebP or TIFF: 415; and a WebP with too large a canvas: 422."
     if not data.startswith(SIGNATURES):
         raise Problem(415, f"{name}: {len(data):,} bytes, expected a JPEG, PNG, BMP, WebP or TIFF image")
+    if data.startswith(b"RIFF") and (pixels := _webp_pixels(data[:30])) > MAX_PIXELS:
+        raise Problem(422, f"{name}: {pixels:,} px at once, expected at most {MAX_PIXELS:,}; cut it or scale it down")
+
+
+def _webp_pixels(head: bytes) -> int:
+    "What the header says; libwebp makes room for it as soon as the file is opened."
+    kind, start, width, step = head[12:16], 26, 14, 16  # VP8: 14 bits of 16 for each side
+    more = int(kind != b"VP8 ")  # which the others store less one
+    if kind == b"VP8X":
+        start, width, step = 24, 24, 24
+    if kind == b"VP8L":
+        start, width, step = 21, 14, 14
+    bits = int.from_bytes(head[start:], "little")
+    return prod((bits >> place & (1 << width) - 1) + more for place in (0, step))
 
 
 # %% ../nbs/48_service.ipynb #read-files
@@ -62,11 +81,12 @@ async def read_files(
     field: str,  # of the form, that holds the files
     most: int,  # files
 ) -> list[tuple[str, bytes]]:  # name, content
-    "The files of a form; the only other thing a body can be is one image."
+    "The files of a form; where one is wanted, the body may be the image itself."
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-            raise Problem(415, f"content type {kind[:80]!r}, expected multipart/form-data, image/* or none")
+        if most > 1 or (kind and not kind.startswith("image/") and kind != "application/octet-stream"):
+            other = "" if most > 1 else ", image/* or none"
+            raise Problem(415, f"content type {kind[:80]!r}, expected multipart/form-data{other}")
         return [("image", body)]
 
     async def chunks() -> Any:
@@ -199,8 +219,8 @@ class _Recording:
                 return await asyncio.wrap_future(waiting)
         except (JournalError, TimeoutError) as error:
             if self.config.record == "must":
-                detail = f"the answer could not be recorded ({error or 'the disk is slow'}); ask again later"
-                raise Problem(503, detail, {"Retry-After": "5"}) from None
+                log.error("not recorded: %s", error or "too slow", extra={"data": {"request_id": request_id}})
+                raise Problem(503, "the answer could not be recorded; ask again later", {"Retry-After": "5"}) from None
             self.telemetry.metrics.unrecorded.inc(len(tiles))
             return [None] * len(tiles)
 
@@ -257,8 +277,31 @@ class _Closing(_Finishing):
         await asyncio.to_thread(self.traces.close)
 
 
+# %% ../nbs/48_service.ipynb #admitting
+class _Admitting(_Closing):
+    def admit(
+        self,
+        request: Request,
+        count: int = 1,  # tiles
+    ) -> None:
+        "Let through who may ask, as often as they may."
+        keys = self.config.predict_keys
+        if keys:
+            check_key(request, keys + self.config.keys)
+        key = request.headers.get("authorization") if keys else None
+        self.rate.take(hash_key(key) if key else request.client.host if request.client else "", count)
+
+    async def _ask(self, tiles: np.ndarray, asked: tuple[ServingModel, str] | None) -> Result:
+        if asked is None:
+            return await self.engine.predict(tiles, deadline_s=self.config.deadline_s)
+        return await self.engine.ask(*asked, tiles, self.config.deadline_s)
+
+
 # %% ../nbs/48_service.ipynb #service
-class Service(_Closing):
+_ASKS = re.compile(r"/predict|/v2/.*/infer$")
+
+
+class Service(_Admitting):
     "A running service: its engine, its journal, and what it saw."
 
     def __init__(
@@ -275,6 +318,16 @@ class Service(_Closing):
         "As many requests are under way as may be."
         return self.under_way >= self.config.requests
 
+    def turns_away(self, path: str) -> bool:
+        "Whether a request for this path is refused before any work is done."
+        return self.full and bool(_ASKS.match(path))
+
+    def turn_away(self, path: str, id: str) -> bytes:
+        "The answer to such a request, as bytes; it is counted like any other."
+        route = SimpleNamespace(path=path) if path in ("/predict", "/predict/batch") else None
+        self.telemetry.seen({"route": route, "request_id": id}, FULL.status, 0.0)
+        return raw_refusal(FULL, path, id)
+
     @contextmanager
     def place(self) -> Iterator[None]:
         "A place among the requests that are under way; none is left: `EngineBusy`, before anything is decoded."
@@ -290,11 +343,12 @@ class Service(_Closing):
         self,
         tiles: np.ndarray,  # uint8 (N, S, S, C)
         request_id: str,
+        asked: tuple[ServingModel, str] | None = None,  # the model and its role, where a client names it
     ) -> tuple[Result, Sequence[int | None]]:  # and the ids in the journal, None where nothing is recorded
         "Answer, record and count; raises what the engine raises, and 503 if it must be recorded and cannot."
         began = time.perf_counter()
         with self.traces.part("infer", tiles=len(tiles)):
-            result = await self.engine.predict(tiles, deadline_s=self.config.deadline_s)
+            result = await self._ask(tiles, asked)
         ids = await self._finish(tiles, result, request_id, 1000 * (time.perf_counter() - began))
         if result.shadow:
             task = asyncio.create_task(self._follow(result.shadow, tiles, request_id))

@@ -9,6 +9,7 @@ __all__ = [
     "FAREWELL_S",
     "LAST_S",
     "GRACE_S",
+    "DOORS",
     "ATTACH_FILTER",
     "DROP_SYN",
     "Hurried",
@@ -35,16 +36,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .core import EurosatError, Settings, load_settings, log
 from .engine import Engine, open_model
 from .journal import Journal, open_journal
-from .problems import hash_key, new_key, serve_config
+from .problems import hash_key, new_key, own_id, serve_config
 from .serve import make_app
 from .service import Service
 from .telemetry import json_log
@@ -55,7 +58,11 @@ HEAD_S, IDLE_S = 10.0, 65.0  # for the head of the first request, and of the nex
 
 
 class Hurried(HttpToolsProtocol):
-    "A connection that ends if no request begins on it in time."
+    "A connection that ends if no request begins on it in time, and hears at once if there is no place."
+
+    def __init__(self, *args: Any, service: Service, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.service, self._away = service, ""  # the path of a request that is being turned away
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -63,6 +70,9 @@ class Hurried(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._rest()
+
+    def _rest(self) -> None:
         self._hurry.cancel()
         self._hurry = self.loop.call_later(IDLE_S, self._hang_up)
 
@@ -74,11 +84,35 @@ class Hurried(HttpToolsProtocol):
         self._hurry.cancel()
         super().connection_lost(exc)
 
+    def on_headers_complete(self) -> None:
+        if self.service.full and (self.cycle is None or self.cycle.response_complete) and self._is_small():
+            path = self.url.partition(b"?")[0].decode("latin-1")
+            self._away = path if self.service.turns_away(path) else ""
+        if not self._away:
+            super().on_headers_complete()
+
+    def _is_small(self) -> bool:
+        said = dict(self.headers).get(b"content-length", b"")
+        return said.isdigit() and int(said) <= 1 << 16 and not self.expect_100_continue
+
+    def on_body(self, body: bytes) -> None:
+        if not self._away:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._away:
+            return super().on_message_complete()
+        id = own_id(dict(self.headers).get(b"x-request-id", b"").decode("latin-1"))
+        self.transport.write(self.service.turn_away(self._away, id))
+        self._away = ""
+        self._rest() if self.parser.should_keep_alive() else self.transport.close()
+
 
 # %% ../nbs/58_serving_verbs.ipynb #server
 FAREWELL_S = 0.5  # not ready, but still answering all who come
 LAST_S = 0.3  # for the requests of those who came last
-GRACE_S = 3  # for the answers that are under way
+GRACE_S = 2.5  # for the answers that are under way
+DOORS = 16  # the loop lets in one client a turn through each listener; with one, new clients starve under load
 
 
 class Server(uvicorn.Server):
@@ -90,12 +124,13 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    app: Any,  # an ASGI application
+    app: FastAPI,  # from `make_app`
 ) -> Server:
     "A server as we run it."
+    http: Any = partial(Hurried, service=app.state.service)
     quiet: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False, "proxy_headers": False}
     limits: dict[str, Any] = {"timeout_keep_alive": int(IDLE_S), "timeout_graceful_shutdown": GRACE_S}
-    return Server(uvicorn.Config(app, http=Hurried, lifespan="off", ws="none", backlog=2048, **quiet, **limits))
+    return Server(uvicorn.Config(app, http=http, lifespan="off", ws="none", backlog=2048, **quiet, **limits))
 
 
 def bind(
@@ -161,7 +196,8 @@ async def run_servers(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await asyncio.gather(*(server.serve([held]) for server, held in servers.items()))
+    doors = [(server, [held, *(held.dup() for _ in range(DOORS - 1))]) for server, held in servers.items()]
+    await asyncio.gather(*(server.serve(each) for server, each in doors))
     await service.close()
 
 
