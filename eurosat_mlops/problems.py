@@ -37,7 +37,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -47,7 +47,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .core import EurosatError, Settings, log
-from .engine import DeadlinePassed, EngineBusy, EngineClosed
+from .engine import DeadlinePassed, EngineBusy, EngineClosed, count_cores
 
 # %% ../nbs/46_problems.ipynb #problem
 TITLES = {
@@ -144,7 +144,7 @@ class ServeConfig:
     batch_bytes: int = 32 << 20  # of one request with many images
     batch_files: int = 256
     held_bytes: int = 64 << 20  # of all bodies that are being received
-    requests: int = 96  # whose body is here and whose answer is not; beyond it: 429
+    requests: int = field(default_factory=lambda: 16 * max(2, count_cores()))  # under way at most; beyond it: 429
     body_s: float = 10.0  # for a body to come in
     deadline_s: float = 2.0  # for an answer, once the body is here
     record: str = "must"  # must: no answer without its record; try: rather unrecorded than unanswered

@@ -170,9 +170,9 @@ def make_entries(
     latency_ms: float,
 ) -> list[Entry]:
     "What the journal keeps of N answered tiles."
-    pixels, answers = tiles.reshape(len(tiles), -1, tiles.shape[-1]).astype(np.float32), result.answers
-    mean = np.einsum("npc->nc", pixels) / pixels.shape[1]
-    spread = np.sqrt(np.maximum(np.einsum("npc,npc->nc", pixels, pixels) / pixels.shape[1] - mean**2, 0))
+    pixels = tiles.reshape(len(tiles), -1, tiles.shape[-1]).transpose(0, 2, 1).astype(np.float32, order="C")
+    mean, answers = pixels.mean(2), result.answers
+    spread = np.sqrt(np.maximum(np.einsum("ncp,ncp->nc", pixels, pixels) / pixels.shape[2] - mean**2, 0))
     now, shape = utc_now(), tiles.shape[1:]
     return [
         Entry(
