@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -299,6 +298,7 @@ class _Admitting(_Closing):
 
 # %% ../nbs/48_service.ipynb #service
 _ASKS = re.compile(r"/predict|/v2/.*/infer$")
+_NO_ID = "0" * 16  # as long as an id of ours
 
 
 class Service(_Admitting):
@@ -312,6 +312,7 @@ class Service(_Admitting):
         traces: Traces | None = None,  # None sends none
     ) -> None:
         super().__init__(config, engine, journal, traces or Traces())
+        self._away: dict[str, tuple[bytes, Any, Any]] = {}
 
     @property
     def full(self) -> bool:
@@ -324,9 +325,18 @@ class Service(_Admitting):
 
     def turn_away(self, path: str, id: str) -> bytes:
         "The answer to such a request, as bytes; it is counted like any other."
-        route = SimpleNamespace(path=path) if path in ("/predict", "/predict/batch") else None
-        self.telemetry.seen({"route": route, "request_id": id}, FULL.status, 0.0)
-        return raw_refusal(FULL, path, id)
+        if (plain := path in ("/predict", "/predict/batch")) and path in self._away:
+            refusal, requests, seconds = self._away[path]
+        else:
+            refusal = raw_refusal(FULL, path, _NO_ID)
+            labels = path if plain else "other", str(FULL.status)
+            requests = self.telemetry.metrics.requests.labels(*labels)
+            seconds = self.telemetry.metrics.seconds.labels(labels[0])
+            if plain:
+                self._away[path] = refusal, requests, seconds
+        requests.inc()
+        seconds.observe(0.0)
+        return refusal.replace(_NO_ID.encode(), id.encode())
 
     @contextmanager
     def place(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ import argparse
 import asyncio
 import ctypes
 import gc
+import secrets
 import signal
 import socket
 import struct
@@ -47,7 +48,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .core import EurosatError, Settings, load_settings, log
 from .engine import Engine, open_model
 from .journal import Journal, open_journal
-from .problems import hash_key, new_key, own_id, serve_config
+from .problems import hash_key, new_key, serve_config
 from .serve import make_app
 from .service import Service
 from .telemetry import json_log
@@ -92,8 +93,9 @@ class Hurried(HttpToolsProtocol):
             super().on_headers_complete()
 
     def _is_small(self) -> bool:
-        said = dict(self.headers).get(b"content-length", b"")
-        return said.isdigit() and int(said) <= 1 << 16 and not self.expect_100_continue
+        said = dict(self.headers)
+        small = said.get(b"content-length", b"").isdigit() and int(said[b"content-length"]) <= 1 << 16
+        return small and b"x-request-id" not in said and not self.expect_100_continue
 
     def on_body(self, body: bytes) -> None:
         if not self._away:
@@ -102,8 +104,7 @@ class Hurried(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._away:
             return super().on_message_complete()
-        id = own_id(dict(self.headers).get(b"x-request-id", b"").decode("latin-1"))
-        self.transport.write(self.service.turn_away(self._away, id))
+        self.transport.write(self.service.turn_away(self._away, secrets.token_hex(8)))
         self._away = ""
         self._rest() if self.parser.should_keep_alive() else self.transport.close()
 
@@ -265,7 +266,7 @@ def run_serve(given: argparse.Namespace) -> int:
     settings = load_settings()
     if given.no_record:
         settings = replace(settings, serve_record="off")
-    sys.setswitchinterval(0.001)  # the loop and the threads take turns more often
+    sys.setswitchinterval(0.0002)  # the loop and the threads take turns more often
     with json_log(settings.log_level):
         ports = given.port, given.admin_port
         uvloop.run(serve(settings, given.model, given.host, *ports, given.threads, given.queue))
