@@ -247,7 +247,9 @@ class _Finishing(_Recording):
         counts = int(answers.uncertain.sum()), int(answers.unfamiliar.sum())
         telemetry.answered(result.role, answers.names, answers.confidence, *counts, latency_ms)
         if result.role != "shadow":
-            telemetry.live.tally(self.baseline(result.model).count(answers, tiles.mean((1, 2, 3), np.float32)))
+            flat = tiles.reshape(len(tiles), -1)
+            brightness = flat.sum(1, dtype=np.uint32) / flat.shape[1]
+            telemetry.live.tally(self.baseline(result.model).count(answers, brightness))
         telemetry.metrics.queue_seconds.observe(result.queue_ms / 1000)
         telemetry.metrics.compute_seconds.observe(result.compute_ms / 1000)
         telemetry.metrics.batch.observe(result.batch)

@@ -221,7 +221,7 @@ async def serve(
     port: int,
     admin_port: int = 0,  # for metrics and administration; 0: the same port
     threads: int = 0,  # that compute; 0 is one a core
-    queue: int = 256,  # tiles that may wait
+    queue: int = 1024,  # tiles that may wait
 ) -> None:
     "Load the model, open the journal, serve until told to stop."
     config = serve_config(settings)
@@ -250,7 +250,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--admin-port", type=int, default=0, help="metrics and administration there (default: same)")
     parser.add_argument("--threads", type=int, default=0, help="that compute (default: one a core)")
-    parser.add_argument("--queue", type=int, default=256, help="tiles that may wait; beyond it: 429 (default: 256)")
+    parser.add_argument("--queue", type=int, default=1024, help="tiles that may wait; beyond it: 429 (default: 1024)")
     parser.add_argument("--no-record", action="store_true", help="record nothing, whatever settings.ini says")
     parser.add_argument("--new-key", action="store_true", help="make a key, say what to write into settings.ini, end")
 
