@@ -38,6 +38,9 @@ def _attempt(job: _Job, database: Database) -> Any:
 
 
 # %% ../nbs/03_commits.ipynb #commit
+COMMIT_DELAY = 0.004  # s
+
+
 def _commit(database: Database, jobs: Sequence[_Job]) -> list[Any]:
     "Do the jobs in one transaction; the result of each, or its error."
     if not jobs:
@@ -50,9 +53,6 @@ def _commit(database: Database, jobs: Sequence[_Job]) -> list[Any]:
 
 
 # %% ../nbs/03_commits.ipynb #thread
-COMMIT_DELAY = 0.004  # s
-
-
 class _Thread:
     _database: Database
     _changed: threading.Condition

@@ -28,12 +28,16 @@ def population_stability(
     if counts.sum() < ENOUGH:
         return None
     q, p = ((each + 0.5) / (each + 0.5).sum() for each in (reference, counts))
-    return float(np.sum((p - q) * np.log(p / q)))
+    return round(float(np.sum((p - q) * np.log(p / q))), 4)
 
 
-# %% ../nbs/41_drift.ipynb #baseline
+# %% ../nbs/41_drift.ipynb #histograms
+def _cut(edges: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)
+
+
 @dataclass(frozen=True)
-class Baseline:
+class _Histograms:
     "The histograms of a model's validation tiles."
 
     bundle: Bundle
@@ -61,6 +65,11 @@ class Baseline:
         labels = self.bundle.reference.get("class_counts")
         return cut if labels is None else {"labels": labels, **cut}
 
+
+# %% ../nbs/41_drift.ipynb #baseline
+class Baseline(_Histograms):
+    "A model's validation tiles, with which later ones are compared."
+
     def _key(self, test: str, bin: int) -> str:
         return f"{self.bundle.id[:12]} {test} {bin}"
 
@@ -85,7 +94,3 @@ class Baseline:
             now = np.array([counted.get(self._key(test, i), 0) for i in range(len(reference))])
             found[test] = population_stability(reference, now)
         return found
-
-
-def _cut(edges: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)

@@ -53,7 +53,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import __version__, interface
 from .bundle import read_bundle
 from .core import EurosatError, log
-from .engine import DeadlinePassed, Engine, EngineBusy, ServingModel
+from .engine import Engine, ServingModel
 from .interface import answers_with, json_answer, refused_with
 from .journal import Journal, JournalError
 from .page import make_page
@@ -85,15 +85,6 @@ _REFUSED = (400, 401, 408, 413, 415, 422, 429, 503, 504)
 _EXAMPLE = {"request_id": "5f0c1d", "model": interface.ANSWERING, **interface.JUDGEMENT}
 
 
-async def _explain(service: Service, tile: np.ndarray, model: ServingModel) -> list[list[float]] | None:
-    "What part decided; an answer that is there already is not lost for want of it."
-    try:
-        shares = await service.engine.explain(tile, model, deadline_s=service.config.deadline_s)
-    except (EngineBusy, DeadlinePassed):
-        return None
-    return shares.round(3).tolist()
-
-
 @asking.post(
     "/predict",
     responses=answers_with(interface.Answer, *_REFUSED, example=_EXAMPLE),
@@ -115,7 +106,7 @@ async def predict(
         result, ids = await service.answer(tile[None], id)
         answer = {"request_id": id, "model": model_json(result), **answer_json(result, 0, ids[0], top_k)}
         if explain:
-            answer["explanation"] = await _explain(service, tile, result.model)
+            answer["explanation"] = await service.explain(tile, result.model)
     return json_answer(answer)
 
 
@@ -380,8 +371,7 @@ async def stats(request: Request) -> Response:
     figures = {"requests": live.requests, "p50_ms": live.latency(0.5), "p99_ms": live.latency(0.99), **shares}
     waiting = {"journal_lag": service.journal.lag if service.journal else 0, "queue": service.engine.pump.waiting}
     model = {"version": active.version, "alias": active.alias}
-    drift = {test: far if far is None else round(far, 4) for test, far in service.drift().items()}
-    return json_answer({**figures, "class_counts": classes, "drift": drift, **waiting, "model": model})
+    return json_answer({**figures, "class_counts": classes, "drift": service.drift(), **waiting, "model": model})
 
 
 @managing.get("/metrics", include_in_schema=False)

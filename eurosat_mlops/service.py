@@ -34,7 +34,7 @@ from .bands import InputContract
 from .core import EurosatError, log
 from .data import MAX_PIXELS
 from .drift import Baseline
-from .engine import Engine, EngineBusy, Result, ServingModel
+from .engine import DeadlinePassed, Engine, EngineBusy, Result, ServingModel
 from .entries import Entry, hash_pixels, utc_now
 from .journal import Journal, JournalError
 from .predict import read_tile
@@ -106,6 +106,20 @@ def _short(name: str) -> str:
     return "".join(c for c in name if c.isprintable())[:100] or "image"
 
 
+# %% ../nbs/48_service.ipynb #read-image
+def _read(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray:
+    name, data = file
+    check_format(data, name)
+    return read_tile(data, contract, name, resize)
+
+
+def _try(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray | EurosatError | Problem:
+    try:
+        return _read(contract, resize, file)
+    except (EurosatError, Problem) as error:
+        return error
+
+
 # %% ../nbs/48_service.ipynb #decoder
 class Decoder:
     "Decodes images to tiles without holding up the event loop."
@@ -148,19 +162,6 @@ class Decoder:
             self._waiting -= 1
 
 
-def _read(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray:
-    name, data = file
-    check_format(data, name)
-    return read_tile(data, contract, name, resize)
-
-
-def _try(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray | EurosatError | Problem:
-    try:
-        return _read(contract, resize, file)
-    except (EurosatError, Problem) as error:
-        return error
-
-
 # %% ../nbs/48_service.ipynb #make-entries
 def make_entries(
     tiles: np.ndarray,  # uint8 (N, S, S, C)
@@ -194,6 +195,7 @@ class _Recording:
         self.telemetry, self.decoder = Telemetry(), Decoder()
         self.held, self.rate = Held(), RateLimit(config.rate)
         self._baselines: dict[str, Baseline] = {}
+        self._away: dict[str, tuple[bytes, Any, Any]] = {}  # path -> refusal, and where it is counted
         self.under_way = 0  # requests whose body is here and whose answer is not
         self.closing = False  # no longer ready; what comes is still answered
         self._followed: set[asyncio.Task[None]] = set()
@@ -298,24 +300,12 @@ class _Admitting(_Closing):
         return await self.engine.ask(*asked, tiles, self.config.deadline_s)
 
 
-# %% ../nbs/48_service.ipynb #service
+# %% ../nbs/48_service.ipynb #door
 _ASKS = re.compile(r"/predict|/v2/.*/infer$")
 _NO_ID = "0" * 16  # as long as an id of ours
 
 
-class Service(_Admitting):
-    "A running service: its engine, its journal, and what it saw."
-
-    def __init__(
-        self,
-        config: ServeConfig,
-        engine: Engine,
-        journal: Journal | None = None,  # None records nothing
-        traces: Traces | None = None,  # None sends none
-    ) -> None:
-        super().__init__(config, engine, journal, traces or Traces())
-        self._away: dict[str, tuple[bytes, Any, Any]] = {}
-
+class _Door(_Admitting):
     @property
     def full(self) -> bool:
         "As many requests are under way as may be."
@@ -351,6 +341,20 @@ class Service(_Admitting):
         finally:
             self.under_way -= 1
 
+
+# %% ../nbs/48_service.ipynb #service
+class Service(_Door):
+    "A running service: its engine, its journal, and what it saw."
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        engine: Engine,
+        journal: Journal | None = None,  # None records nothing
+        traces: Traces | None = None,  # None sends none
+    ) -> None:
+        super().__init__(config, engine, journal, traces or Traces())
+
     async def answer(
         self,
         tiles: np.ndarray,  # uint8 (N, S, S, C)
@@ -367,6 +371,15 @@ class Service(_Admitting):
             self._followed.add(task)
             task.add_done_callback(self._followed.discard)
         return result, ids
+
+    async def explain(self, tile: np.ndarray, model: ServingModel) -> list[list[float]] | None:
+        "What part decided; None rather than an error, since the answer is there already."
+        try:
+            shares = await self.engine.explain(tile, model, deadline_s=self.config.deadline_s)
+        except (EngineBusy, DeadlinePassed):
+            return None
+        rows: list[list[float]] = shares.round(3).tolist()
+        return rows
 
 
 # %% ../nbs/48_service.ipynb #answer-json

@@ -29,8 +29,23 @@ def _open_provider(address: str) -> Any:
     return provider
 
 
+# %% ../nbs/08_traces.ipynb #parts
+class _Parts:
+    _provider: Any
+    _tracer: Any
+
+    @contextmanager
+    def part(self, name: str, **attributes: Any) -> Iterator[None]:
+        "The span of a part of the request that is under way."
+        if self._tracer is None:
+            yield
+            return
+        with self._tracer.start_as_current_span(name, attributes=attributes):
+            yield
+
+
 # %% ../nbs/08_traces.ipynb #traces
-class Traces:
+class Traces(_Parts):
     "Spans of requests and of their parts; without an address, nothing at all."
 
     def __init__(
@@ -38,7 +53,7 @@ class Traces:
         address: str = "",  # of a collector, OTLP over HTTP
     ) -> None:
         self._provider = _open_provider(address) if address else None
-        self._tracer = self._provider.get_tracer("eurosat_mlops") if self._provider else None
+        self._tracer = self._provider and self._provider.get_tracer("eurosat_mlops")
 
     @contextmanager
     def request(
@@ -57,22 +72,15 @@ class Traces:
             try:
                 yield
             finally:
-                route, status = getattr(scope.get("route"), "path", "other"), scope.get("status", 0)
+                route = getattr(scope.get("route"), "path", "other")
                 span.update_name(f"{scope['method']} {route}")
-                span.set_attributes({"http.request.method": scope["method"], "http.route": route})
-                span.set_attributes({"http.response.status_code": status, "request_id": scope.get("request_id", "")})
-
-    @contextmanager
-    def part(self, name: str, **attributes: Any) -> Iterator[None]:
-        "The span of a part of the request that is under way."
-        if self._tracer is None:
-            yield
-            return
-        with self._tracer.start_as_current_span(name, attributes=attributes):
-            yield
+                named = {"http.request.method": scope["method"], "http.route": route}
+                span.set_attributes(
+                    named | {"http.response.status_code": scope.get("status", 0), "request_id": scope["request_id"]}
+                )
 
     def close(self) -> None:
         "Send what is left, for a second at most."
-        if self._provider is not None:
+        if self._provider:
             self._provider.force_flush(1000)
             self._provider.shutdown()
