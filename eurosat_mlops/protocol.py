@@ -70,6 +70,8 @@ Parameters = dict[str, bool | int | float | str]
 
 
 class InferInput(BaseModel):
+    "A tensor that a client sends."
+
     name: Name
     shape: list[Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]] = Field(max_length=8)
     datatype: Name
@@ -78,11 +80,15 @@ class InferInput(BaseModel):
 
 
 class InferOutput(BaseModel):
+    "A tensor that a client wants."
+
     name: Name
     parameters: Parameters = {}
 
 
 class InferRequest(BaseModel):
+    "What a client asks."
+
     id: Name = ""
     parameters: Parameters = {}
     inputs: list[InferInput] = Field(max_length=8)

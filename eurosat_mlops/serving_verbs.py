@@ -139,12 +139,14 @@ def bind(
     port: int,  # 0 is any that is free
 ) -> socket.socket:
     "An address to listen on, held from now on; `EurosatError` where it cannot be had."
+    if not 0 <= port < 1 << 16:
+        raise EurosatError(f"port: got {port}, expected a number from 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         held = socket.socket(family, kind)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise EurosatError(f"{host}:{port}: cannot listen there ({error}); choose another --host or --port") from None
     return held
 
@@ -225,6 +227,8 @@ async def serve(
 ) -> None:
     "Load the model, open the journal, serve until told to stop."
     config = serve_config(settings)
+    if threads < 0 or queue < 1:
+        raise EurosatError(f"threads, queue: got {threads} and {queue}, expected threads from 0 and a queue from 1 up")
     held = [bind(host, each) for each in ([port, admin_port] if admin_port else [port])]
     engine = Engine(settings, open_model(model, settings), threads, queue=queue)
     journal = await asyncio.to_thread(journal_of, settings)
