@@ -110,6 +110,9 @@ class Settings:
     serve_deadline: float = 2.0  # s, for an answer
     serve_record: str = "must"  # must: no answer without its record; try: rather unrecorded than unanswered; off
     journal: str = ""  # the record: a file or a URL such as postgresql://host/name; empty: runs_dir/journal.db
+    journal_images: str = "no"  # yes: keep each tile that was asked about, for labelling; tell those who ask
+    journal_days: float = 400.0  # what is older leaves the record
+    journal_megabytes: float = 10_000.0  # beyond it the oldest leave the record
     traces: str = ""  # an OpenTelemetry collector, OTLP over HTTP; empty: none are sent
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "close_door",
     "run_servers",
     "journal_of",
+    "tidy",
     "serve",
     "add_serve",
     "run_serve",
@@ -211,8 +212,26 @@ def journal_of(
     "The journal that the settings name."
     if settings.serve_record == "off":
         return None
+    if settings.journal_images not in ("yes", "no"):
+        raise EurosatError(f"journal_images: got {settings.journal_images!r}, expected yes or no")
     settings.runs_dir.mkdir(parents=True, exist_ok=True)
-    return open_journal(settings.journal or str(settings.runs_dir / "journal.db"))
+    return open_journal(settings.journal or str(settings.runs_dir / "journal.db"), settings.journal_images == "yes")
+
+
+async def tidy(
+    journal: Journal,
+    settings: Settings,
+    every_s: float = 3600.0,
+) -> None:
+    "Let old entries leave the journal, now and every hour."
+    while True:
+        try:
+            gone = await asyncio.to_thread(journal.retain, settings.journal_days, int(settings.journal_megabytes * 1e6))
+            if gone:
+                log.info("old entries left the journal", extra={"data": {"entries": gone}})
+        except EurosatError as error:
+            log.error("journal: old entries could not be deleted: %s", error)
+        await asyncio.sleep(every_s)
 
 
 # %% ../nbs/58_serving_verbs.ipynb #serve-forever
@@ -241,7 +260,10 @@ async def serve(
     gc.freeze()  # what was imported stays: no need to look through it again
     url = f"http://{host}:{held[0].getsockname()[1]}"
     log.info("serving", extra={"data": {"model": engine.active.version, "url": url}})
+    tidying = asyncio.create_task(tidy(journal, settings)) if journal else None
     await run_servers(servers, service)
+    if tidying:
+        tidying.cancel()
     log.info("stopped")
 
 
