@@ -69,13 +69,18 @@ profile: setup ## Train once with the simple profiler and show where the time we
 chaos: setup ## Do harm to the service and hold it to its promises, some 15 minutes; ARGS="--quick --model runs/latest"
 	$(BIN)/eurosat chaos $(ARGS)
 
-results: setup ## Train, evaluate and release the default recipe on both splits of EuroSAT; the README shows what comes out
+results: setup ## Train, evaluate and release both splits of EuroSAT, measure the service, do it harm: all that the README shows
 	set -e; for split in random spatial; do \
 		$(BIN)/eurosat train --data eurosat --split $$split --name $$split $(ARGS); \
 		$(BIN)/eurosat evaluate; \
 		$(BIN)/eurosat release; \
 		mkdir -p nbs/results && cp runs/latest/metrics.json nbs/results/$$split.json; \
 	done
+	set -e; model=$$(ls -d runs/*-random | tail -n 1); \
+		$(BIN)/eurosat bench --model $$model --soak-minutes 30; \
+		cp $$(ls -d runs/*-benchmark | tail -n 1)/benchmark.json nbs/results/; \
+		$(BIN)/eurosat chaos --model $$model || true; \
+		cp $$(ls -d runs/*-chaos | tail -n 1)/chaos.json nbs/results/
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace --execute nbs/index.ipynb
 	$(MAKE) export
 
