@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'eurosat_mlops.engine._Threads._settle': ('engine.html#_threads._settle', 'eurosat_mlops/engine.py'),
                                       'eurosat_mlops.engine._compute': ('engine.html#_compute', 'eurosat_mlops/engine.py'),
                                       'eurosat_mlops.engine._joined': ('engine.html#_joined', 'eurosat_mlops/engine.py'),
+                                      'eurosat_mlops.engine._load': ('engine.html#_load', 'eurosat_mlops/engine.py'),
                                       'eurosat_mlops.engine._part': ('engine.html#_part', 'eurosat_mlops/engine.py'),
                                       'eurosat_mlops.engine.count_cores': ('engine.html#count_cores', 'eurosat_mlops/engine.py'),
                                       'eurosat_mlops.engine.open_model': ('engine.html#open_model', 'eurosat_mlops/engine.py')},

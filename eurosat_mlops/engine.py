@@ -17,10 +17,12 @@ __all__ = [
 
 # %% ../nbs/42_engine.ipynb #imports
 import asyncio
+import ctypes
 import os
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -341,6 +343,13 @@ class _Ending(_Answering):
         self.pump.shut()
 
 
+# %% ../nbs/42_engine.ipynb #load
+def _load(source: Path | str, settings: Settings, batch: int) -> ServingModel:
+    with suppress(OSError, AttributeError):  # other systems have no such call, and no need of it
+        ctypes.CDLL(None).malloc_trim(0)
+    return open_model(source, settings, batch)
+
+
 # %% ../nbs/42_engine.ipynb #engine
 class Engine(_Ending):
     "Answers tiles by the active model; make it inside the event loop that uses it."
@@ -354,7 +363,7 @@ class Engine(_Ending):
         loaded = {model.version: model for model in self.models().values()}
         if source in loaded:
             return loaded[str(source)]
-        model = await asyncio.to_thread(open_model, source, self.settings, self.pump.batch)
+        model = await asyncio.to_thread(_load, source, self.settings, self.pump.batch)
         self.known[model.version] = model.classifier.bundle.folder
         return loaded.get(model.version, model)
 
