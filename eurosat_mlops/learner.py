@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = [
+    "BALANCES",
+    "RARE",
     "parameter",
     "one_of",
     "TrainConfig",
     "config_from",
     "config_from_notebook",
     "resolve",
+    "settle",
     "AverageWeights",
     "KeepBest",
     "Watch",
     "split_decay",
     "make_learner",
+    "plan_run",
     "fit",
     "evaluating",
     "predict_logits",
@@ -41,9 +45,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .batch import make_loaders
+from .batch import SYMMETRIES, class_weights, make_loaders
 from .core import EurosatError, log
-from .data import TileSet
+from .data import TileRows, TileSet, at_once
 from .models import TileClassifier, build_model, channel_statistics, check_arch
 
 
@@ -64,26 +68,40 @@ def one_of(default: str, help: str, *choices: str) -> Any:
 
 
 # %% ../nbs/24_learner.ipynb #train-config
+BALANCES = ("none", "sampling", "loss")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     "What a training run does; every value is checked when it is made."
 
-    data: str = parameter("auto", "tiles to train on", "auto, eurosat, synthetic, or a folder, zip or URL of one", bool)
-    split: str = one_of("random", "official split of EuroSAT; other data have only random", "random", "spatial")
+    data: str = parameter(
+        "auto", "tiles to train on", "auto, eurosat, synthetic, a path, a URL, hf:owner/name or kaggle:owner/name", bool
+    )
+    split: str = one_of(
+        "random", "official split of EuroSAT; other data have their own or a drawn one", "random", "spatial"
+    )
     arch: str = parameter("tilenet_s", "network", "tilenet_s or any timm model name", lambda v: bool(check_arch(v)))
     weights: str = parameter("none", "where to start", "none, pretrained or a file of weights", bool)
-    size: int = parameter(64, "side of a tile, px", "16 to 512", lambda v: 16 <= v <= 512)
+    size: int = parameter(
+        0, "side of a tile, px, 0 for the pictures' own", "0, or 16 to 512", lambda v: v == 0 or 16 <= v <= 512
+    )
     epochs: int = parameter(16, "passes over the training part", "1 to 10000", lambda v: 1 <= v <= 10000)
     lr: float = parameter(0.01, "highest learning rate", "a number above 0 and at most 10", lambda v: 0 < v <= 10)
     bs: int = parameter(64, "tiles in a batch", "2 to 65536", lambda v: 2 <= v <= 65536)
     wd: float = parameter(0.05, "weight decay", "a number from 0 to 10", lambda v: 0 <= v <= 10)
     label_smoothing: float = parameter(0.1, "label smoothing", "a number from 0 to below 1", lambda v: 0 <= v < 1)
     shift: int = parameter(4, "largest shift in augmentation, px", "0 to 15", lambda v: 0 <= v <= 15)
+    symmetry: str = one_of("auto", "how tiles are turned; auto is square, for pictures mirror", "auto", *SYMMETRIES)
+    balance: str = one_of("auto", "help for rare classes; auto is loss where they are rare", "auto", *BALANCES)
     ema: float = parameter(
         0.99, "decay of averaged weights, 0 for none", "a number from 0 to below 1", lambda v: 0 <= v < 1
     )
     precision: str = one_of("auto", "auto is bf16 where the machine has it", "auto", "fp32", "bf16")
     patience: int = parameter(0, "stop after so many epochs without gain, 0 for never", "0 or more", lambda v: v >= 0)
+    memory: int = parameter(
+        0, "MB for tiles, 0 for half of what is free; more is read from disk", "0 or more", lambda v: v >= 0
+    )
     workers: int = parameter(0, "threads that decode images, 0 for one a core", "0 to 256", lambda v: 0 <= v <= 256)
     device: str = one_of("auto", "auto is a GPU if there is one", "auto", "cpu", "cuda", "mps")
     seed: int = parameter(0, "seed of weights, order and augmentation", "0 to 4294967295", lambda v: 0 <= v < 2**32)
@@ -157,6 +175,23 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise EurosatError(f"device: got {device!r}, but this machine has only {found}; use device=auto")
     precision = ("bf16" if _has_bf16(device) else "fp32") if config.precision == "auto" else config.precision
     return replace(config, device=device, precision=precision)
+
+
+# %% ../nbs/24_learner.ipynb #settle
+RARE = 10  # times as many tiles in the largest class as in the smallest
+
+
+def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
+    "The same config with size, symmetry and balance settled for these tiles."
+    counts = np.bincount(tileset.labels[tileset.parts["train"]])
+    rare = counts.max() > RARE * counts[counts > 0].min()
+    symmetry = "mirror" if tileset.contract.level == "image" else "square"
+    return replace(
+        config,
+        size=tileset.contract.tile_size,
+        symmetry=symmetry if config.symmetry == "auto" else config.symmetry,
+        balance=("loss" if rare else "none") if config.balance == "auto" else config.balance,
+    )
 
 
 # %% ../nbs/24_learner.ipynb #average-weights
@@ -263,23 +298,45 @@ def make_learner(
     tileset: TileSet,
 ) -> Learner:
     "The fastai Learner for this config: seeded, and on its device."
-    config = resolve(config)
+    config, k = settle(resolve(config), tileset), len(tileset.classes)
     set_seed(config.seed, reproducible=True)
-    dls = make_loaders(tileset, config.bs, config.device, config.shift, config.seed)
-    model = build_model(
-        config.arch, len(tileset.classes), *channel_statistics(dls.train.tiles), config.weights, config.size
-    )
+    sampling, memory = config.balance == "sampling", config.memory * 1_000_000
+    dls = make_loaders(tileset, config.bs, config.device, config.shift, config.seed, config.symmetry, sampling, memory)
+    model = build_model(config.arch, k, *channel_statistics(dls.train.tiles), config.weights, config.size)
     model.precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    weights = None
+    if config.balance == "loss":
+        weights = torch.from_numpy(class_weights(tileset.part("train")[1], k)).float().to(config.device)
     return Learner(
         dls,
         model.to(config.device),
-        loss_func=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        loss_func=nn.CrossEntropyLoss(weights, label_smoothing=config.label_smoothing),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=config.device != "mps"),
         splitter=split_decay,
         metrics=accuracy,
         default_cbs=False,  # fastai would add its own progress bar
         cbs=[TrainEvalCallback(), Recorder(add_time=False)],
     )
+
+
+# %% ../nbs/24_learner.ipynb #plan-run
+def plan_run(config: TrainConfig, tileset: TileSet) -> dict[str, str]:
+    "What a run with this config would do with these tiles, in words; nothing is trained."
+    learner, config = make_learner(config, tileset), settle(resolve(config), tileset)
+    resized, counts = tileset.report.get("resized", 0), {part: len(rows) for part, rows in tileset.parts.items()}
+    megabytes, steps = math.prod(tileset.tiles.shape) / 1e6, config.epochs * len(learner.dls.train)
+    where = "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "the disk, batch by batch"
+    drawn = {"stratified": "drawn by content", "own": "as it came"}.get(tileset.split, f"official, {tileset.split}")
+    sizes = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    return {
+        "tiles": f"{config.size} px, {resized:,} of {len(tileset.names):,} resized",
+        "split": f"{drawn}: {sizes}",
+        "turned": {"square": "and mirrored, 8 ways", "mirror": "left to right", "none": "no"}[config.symmetry],
+        "rare classes": {"none": "as they come", "loss": "weigh more", "sampling": "drawn more often"}[config.balance],
+        "read from": f"{where}, {megabytes:,.0f} MB",
+        "network": f"{config.arch}, {sum(p.numel() for p in learner.model.parameters()):,} parameters",
+        "training": f"{config.epochs} epochs, {steps:,} batches of {config.bs}, {config.device}, {config.precision}",
+    }
 
 
 # %% ../nbs/24_learner.ipynb #fit
@@ -318,11 +375,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def predict_logits(
     model: TileClassifier,
-    tiles: np.ndarray,  # uint8, shape (N, S, S, C)
-    bs: int = 512,
+    tiles: np.ndarray | TileRows,  # uint8, shape (N, S, S, C)
+    bs: int = 256,  # of tiles of 64 px; larger ones go fewer at a time
 ) -> np.ndarray:  # float32, shape (N, K)
     "Logits of each tile, computed in evaluation mode."
-    device = next(model.parameters()).device
+    device, step = next(model.parameters()).device, at_once(bs, tiles.shape[1])
     with evaluating(model):
-        batches = [model(torch.from_numpy(tiles[i : i + bs]).to(device)) for i in range(0, len(tiles), bs)]
+        batches = [model(torch.from_numpy(tiles[i : i + step]).to(device)) for i in range(0, len(tiles), step)]
     return torch.cat(batches).float().cpu().numpy()

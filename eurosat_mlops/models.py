@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .core import EurosatError
+from .data import TileRows, at_once
 
 
 # %% ../nbs/20_models.ipynb #conv-norm
@@ -208,11 +209,15 @@ def _create(arch: str, size: int, options: dict[str, Any]) -> nn.Module:
 
 # %% ../nbs/20_models.ipynb #channel-statistics
 def channel_statistics(
-    tiles: Tensor,  # uint8, shape (N, H, W, C); the training part
+    tiles: Tensor | TileRows,  # uint8, shape (N, H, W, C); the training part
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and standard deviation of each channel, 0 to 255, exact: counted byte by byte."
-    values = torch.arange(256, dtype=torch.float64)
-    counts = [torch.bincount(tiles[..., c].reshape(-1), minlength=256).double().cpu() for c in range(tiles.shape[-1])]
+    values, counts = torch.arange(256, dtype=torch.float64), torch.zeros(tiles.shape[-1], 256, dtype=torch.float64)
+    step = at_once(1024, tiles.shape[1])
+    for start in range(0, len(tiles), step):
+        some = torch.as_tensor(tiles[start : start + step])
+        for channel in range(some.shape[-1]):
+            counts[channel] += torch.bincount(some[..., channel].reshape(-1), minlength=256).double().cpu()
     means = [float(n @ values / n.sum()) for n in counts]
     spreads = [float((n @ (values - m) ** 2 / n.sum()).sqrt()) for n, m in zip(counts, means, strict=True)]
     return tuple(means), tuple(max(s, 1.0) for s in spreads)

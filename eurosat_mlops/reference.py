@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .data import TileRows, at_once
 from .novelty import coverage_limit, familiar_distance, fit_clouds
 
 
@@ -18,7 +19,7 @@ from .novelty import coverage_limit, familiar_distance, fit_clouds
 class AnsweredTiles:
     "Tiles with what the graph said of them."
 
-    tiles: np.ndarray  # uint8 (N, S, S, C)
+    tiles: np.ndarray | TileRows  # uint8 (N, S, S, C)
     labels: np.ndarray  # int (N,), true
     probabilities: np.ndarray  # float32 (N, K)
     embedding: np.ndarray  # float32 (N, D)
@@ -62,13 +63,15 @@ def _golden(answered: AnsweredTiles, confidence: float) -> dict[str, np.ndarray]
 
 
 def _sample(answered: AnsweredTiles, rows: np.ndarray) -> dict[str, np.ndarray]:
-    pixels = answered.tiles[rows].astype(np.float32)
+    step = at_once(256, answered.tiles.shape[1])
+    blocks = (answered.tiles[rows[i : i + step]].astype(np.float32) for i in range(0, len(rows), step))
+    means, stds = zip(*((pixels.mean((1, 2)), pixels.std((1, 2))) for pixels in blocks), strict=True)
     return {
         "embedding": answered.embedding[rows].astype(np.float16),  # (n, D)
         "probabilities": answered.probabilities[rows].astype(np.float16),  # (n, K)
         "labels": answered.labels[rows].astype(np.int16),  # (n,)
-        "channel_mean": pixels.mean((1, 2)),  # float32 (n, C), 0 to 255
-        "channel_std": pixels.std((1, 2)),  # float32 (n, C)
+        "channel_mean": np.concatenate(means),  # float32 (n, C), 0 to 255
+        "channel_std": np.concatenate(stds),  # float32 (n, C)
     }
 
 

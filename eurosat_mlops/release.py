@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .bundle import GRAPHS, Bundle, update_bundle
 from .core import Settings, load_settings, log, read_json, write_json
-from .data import TileSet
+from .data import TileRows, TileSet
 from eurosat_mlops.export import (
     compile_network,
     export_graph,
@@ -79,7 +79,7 @@ def add_int8(
 ) -> tuple[Candidate, dict[str, Any]]:  # the candidate with its new bundle, and what was measured
     "Quantise the graph, measure its parity on validation, and ship it only if that is within the limits."
     bundle, tileset = candidate.bundle, candidate.tileset
-    calibration = np.asarray(tileset.tiles)[training_sample(tileset, tiles)]
+    calibration = TileRows(tileset.tiles, training_sample(tileset, tiles))[:]
     fp32 = bundle.read("model.onnx")
     graph = quantize_graph(fp32, calibration)
     val, labels = tileset.part("val")

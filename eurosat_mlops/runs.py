@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../nbs/35_runs.ipynb #imports
+import csv
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -52,10 +53,10 @@ from eurosat_mlops.core import (
     recorded,
     write_json,
 )
-from .data import TileSet
+from .data import TileRows, TileSet, index_table
+from .datasets import load_tiles
 from .export import export_graph, measure_parity, parity_fault
-from .fetch import load_tiles
-from .learner import TrainConfig, config_from, fit, make_learner, predict_logits, resolve
+from .learner import TrainConfig, config_from, fit, make_learner, predict_logits, resolve, settle
 from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
@@ -73,7 +74,8 @@ def describe_data(tileset: TileSet) -> dict[str, Any]:
     "Name, split, content hash and sizes of a tile set, as metrics.json and the bundle hold them."
     sizes = {part: len(rows) for part, rows in tileset.parts.items()}
     note = {"note": SYNTHETIC_NOTE} if tileset.name == "synthetic" else {}
-    return {"name": tileset.name, "split": tileset.split, "digest": tileset.digest, "tiles": sizes} | note
+    left = {"left_out": len(tileset.report["left_out"])} if tileset.report else {}
+    return {"name": tileset.name, "split": tileset.split, "digest": tileset.digest, "tiles": sizes} | left | note
 
 
 # %% ../nbs/35_runs.ipynb #predictions
@@ -81,7 +83,7 @@ def describe_data(tileset: TileSet) -> dict[str, Any]:
 class Predictions:
     "What a model says of one part of a tile set."
 
-    tiles: np.ndarray  # uint8, shape (N, S, S, C)
+    tiles: np.ndarray | TileRows  # uint8, shape (N, S, S, C)
     labels: np.ndarray  # int64, shape (N,)
     logits: np.ndarray  # float32, shape (N, K)
     temperature: float
@@ -143,11 +145,11 @@ def train(
     config = replace(resolve(config), wandb=mode)
     if tileset is None:
         tileset = load_tiles(config.data, config.split, settings, config.seed, config.workers, config.size)
-    if config.data == "auto":
-        config = replace(config, data=tileset.name)
+    config = settle(config if config.data != "auto" else replace(config, data=tileset.name), tileset)
     folder = new_run(settings, config.name, config.out)
     with recorded(settings, folder):
         write_json(folder / "config.json", asdict(config))
+        _write_index(folder, tileset)
         origin = provenance(settings.root)
         data = describe_data(tileset)
         log.info(f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {machine(config)}")
@@ -169,6 +171,18 @@ def train(
     return Run(folder, config, tileset, learner, history, validation, metrics)
 
 
+# %% ../nbs/35_runs.ipynb #write-index
+def _write_index(folder: Path, tileset: TileSet) -> None:
+    "Keep what was found in pictures of one's own: which is in which part, what was left out, what looked alike."
+    if not tileset.report:
+        return
+    write_json(folder / "data.json", tileset.report)
+    with (folder / "index.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("name", "class", "part", "sha256"))
+        table.writerows(row.values() for row in index_table(tileset))
+
+
 # %% ../nbs/35_runs.ipynb #fit-metered
 def _fit(
     learner: Learner, config: TrainConfig, folder: Path, on_metrics: Callable[[dict[str, float], int], None]
@@ -181,6 +195,7 @@ def _fit(
     return history, {
         "parameters": sum(p.numel() for p in learner.model.parameters()),
         "epochs": len(history),
+        "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
         "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
         "seconds": round(seconds, 2),
         "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
@@ -262,7 +277,7 @@ def pack_bundle(
     parity = measure_parity(validation.probabilities, p, validation.labels)
     if fault := parity_fault("fp32", parity):
         raise EurosatError(f"arch: the exported graph of {info['config']['arch']} is not the network: {fault}")
-    seen = answer(session, np.asarray(tileset.tiles)[rows])[1]
+    seen = answer(session, TileRows(tileset.tiles, rows))[1]
     answered = AnsweredTiles(validation.tiles, validation.labels, p, embedding)
     reference: Reference = describe_validation(answered, seen, tileset.labels[rows], seed=info["config"]["seed"])
     weights = {n: v.contiguous().cpu() for n, v in model.state_dict().items()}

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from .core import EurosatError
+from .data import TileRows, at_once
 
 # %% ../nbs/28_session.ipynb #open-session
 OUTPUTS = ["probabilities", "embedding"]
@@ -42,14 +43,15 @@ def open_session(
 # %% ../nbs/28_session.ipynb #answer
 def answer(
     session: onnxruntime.InferenceSession,
-    tiles: np.ndarray,  # uint8, shape (N, S, S, C)
-    batch: int = 256,  # tiles in one call
+    tiles: np.ndarray | TileRows,  # uint8, shape (N, S, S, C)
+    batch: int = 256,  # tiles of 64 px in one call; larger ones go fewer at a time
 ) -> tuple[np.ndarray, np.ndarray]:  # probabilities float32 (N, K), embedding float32 (N, D)
     "What the graph says of the tiles, in their order."
-    if len(tiles) <= batch:
-        probabilities, embedding = session.run(OUTPUTS, {"tiles": tiles})
+    step = at_once(batch, tiles.shape[1])
+    if len(tiles) <= step:
+        probabilities, embedding = session.run(OUTPUTS, {"tiles": np.asarray(tiles)})
         return probabilities, embedding
-    slices = [session.run(OUTPUTS, {"tiles": tiles[i : i + batch]}) for i in range(0, len(tiles), batch)]
+    slices = [session.run(OUTPUTS, {"tiles": tiles[i : i + step]}) for i in range(0, len(tiles), step)]
     return np.concatenate([s[0] for s in slices]), np.concatenate([s[1] for s in slices])
 
 

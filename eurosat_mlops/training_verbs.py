@@ -206,16 +206,34 @@ def run_bench(given: argparse.Namespace) -> int:
 # %% ../nbs/55_training_verbs.ipynb #data-verb
 def add_data(parser: argparse.ArgumentParser) -> None:
     "Give `data` its actions."
-    parser.add_argument("action", choices=("fetch", "verify"), help="bring EuroSAT here, or check what is here")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    actions.add_parser("fetch", help="bring EuroSAT here, verified")
+    actions.add_parser("verify", help="check the EuroSAT that is here, its splits and its leaks")
+    inspect = actions.add_parser("inspect", help="what is in a set of pictures, and what a run would do with it")
+    inspect.add_argument("data", metavar="PATH", help="a folder, archive, table, URL, hf:owner/name, kaggle:owner/name")
+    inspect.add_argument("--size", type=int, help="side of a tile, px (default: the pictures' own)")
+    inspect.add_argument("--seed", type=int, help="of the split, where one is drawn (default: 0)")
 
 
 def run_data(given: argparse.Namespace) -> int:
-    "Fetch EuroSAT, or verify the archive that is in the data folder."
+    "Fetch EuroSAT, verify what is here, or look through a set of pictures."
+    return {"fetch": _fetch, "verify": _verify, "inspect": _inspect}[given.action](given)
+
+
+# %% ../nbs/55_training_verbs.ipynb #data-eurosat
+def _fetch(given: argparse.Namespace) -> int:
+    from eurosat_mlops.fetch import fetch_eurosat
+
+    fetch_eurosat(load_settings())
+    return _verify(given)
+
+
+def _verify(_: argparse.Namespace) -> int:
     from eurosat_mlops.data import eurosat_files, find_duplicates, find_leaks
-    from eurosat_mlops.fetch import ARCHIVE, fetch_eurosat, load_eurosat, read_verified
+    from eurosat_mlops.fetch import ARCHIVE, load_eurosat, read_verified
 
     settings = load_settings()
-    path = fetch_eurosat(settings) if given.action == "fetch" else settings.data_dir / ARCHIVE
+    path = settings.data_dir / ARCHIVE
     if not path.is_file():
         raise EurosatError(f"data: no EuroSAT at {path}; bring it here first: eurosat data fetch")
     read_verified(path, eurosat_files())
@@ -225,6 +243,23 @@ def run_data(given: argparse.Namespace) -> int:
     print(f"tiles that are equal pixel for pixel: {len(find_duplicates(splits['random']))}")
     for split, tileset in splits.items():
         print(f"leaks between the parts of the {split} split: {len(find_leaks(tileset))}")
+    return 0
+
+
+# %% ../nbs/55_training_verbs.ipynb #data-inspect
+def _inspect(given: argparse.Namespace) -> int:
+    from eurosat_mlops.images import summarize_report
+
+    folder = reserve_run(load_settings(), "inspect").absolute()
+    chosen = {name: value for name in ("size", "seed") if (value := getattr(given, name)) is not None}
+    run_notebook("inspect", folder, {"data": given.data, "out": str(folder)} | chosen)
+    found = read_json(folder / "data.json")
+    plan = found.pop("plan")
+    print(summarize_report(found) or "nothing to mend was found")
+    for what, how in plan.items():
+        print(f"{what:<14}{how}")
+    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"notebook      {shown / 'inspect.ipynb'}\nfindings      {shown / 'data.json'}")
     return 0
 
 

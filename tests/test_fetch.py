@@ -24,7 +24,8 @@ from PIL import Image
 from eurosat_mlops import fetch
 from eurosat_mlops.core import EurosatError, Settings, sha256_file
 from eurosat_mlops.data import EUROSAT_DIGEST, PARTS, FileList, content_digest
-from eurosat_mlops.fetch import ARCHIVE, FetchError, download, fetch_eurosat, load_tiles, open_packed
+from eurosat_mlops.datasets import load_tiles
+from eurosat_mlops.fetch import ARCHIVE, FetchError, download, fetch_eurosat, open_packed
 from eurosat_mlops.synthetic import make_synthetic
 
 # ---------------------------------------------------------------- a small dataset, and real EuroSAT
@@ -95,7 +96,7 @@ GUARDED = """
 import ctypes, mmap, sys
 from pathlib import Path
 from eurosat_mlops.core import Settings
-from eurosat_mlops.fetch import load_tiles
+from eurosat_mlops.datasets import load_tiles
 tiles = load_tiles("eurosat", "random", Settings(Path(sys.argv[1]), data_dir=Path(sys.argv[1]) / "data"))
 libc, page, size = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, tiles.tiles[0].nbytes
 for row in tiles.parts["test"]:
@@ -103,7 +104,7 @@ for row in tiles.parts["test"]:
     first, last = -(-begin // page) * page, (begin + size) // page * page
     assert libc.mprotect(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 0) == 0
 for part in sys.argv[2:]:
-    print(part, len(tiles.part(part)[0]), flush=True)
+    print(part, len(tiles.part(part)[0][:]), flush=True)
 """
 
 

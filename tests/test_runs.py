@@ -12,7 +12,7 @@ import pytest
 
 from eurosat_mlops.bundle import read_bundle
 from eurosat_mlops.core import EurosatError, Settings, find_run, read_json, read_status
-from eurosat_mlops.fetch import load_tiles
+from eurosat_mlops.datasets import load_tiles
 from eurosat_mlops.learner import TrainConfig, predict_logits
 from eurosat_mlops.runs import SYNTHETIC_NOTE, check_unseen, evaluate, load_classifier, train
 from eurosat_mlops.synthetic import make_synthetic
