@@ -16,6 +16,7 @@ __all__ = [
     "bundle_answers",
     "check_info",
     "write_bundle",
+    "two_class_table",
     "card_text",
     "verify_bundle",
     "read_bundle",
@@ -27,7 +28,7 @@ __all__ = [
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,53 @@ def _graphs(graphs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# %% ../nbs/30_bundle.ipynb #card-use
+def _use(contract: InputContract, classes: Sequence[str]) -> str:
+    "What the model is for, and what it is not for."
+    side, names = f"{contract.tile_size} x {contract.tile_size} px", f"{len(classes)} classes: {', '.join(classes)}"
+    if contract.level == "image":
+        return f"""**Use.** Classifies pictures, scaled to {side} of {", ".join(contract.bands)}, into {names}.
+
+**Not for** pictures of another kind or from another source than its own without an evaluation there, what belongs to
+none of the classes (it always names one), or a decision about a person that nobody else looks at."""
+    ground = f", {contract.pixel_metres:g} m a pixel" if contract.pixel_metres else ""
+    return f"""**Use.** Classifies tiles of {side} (level {contract.level}, bands
+{", ".join(contract.bands)}{ground}) into {names}.
+
+**Not for** scenes that cannot be brought to that contract, places and seasons without an evaluation there, or a
+decision about a single parcel. Neighbouring tiles lie in different parts of a random split: its figures flatter."""
+
+
+# %% ../nbs/30_bundle.ipynb #two-class-table
+def two_class_table(
+    metrics: Mapping[str, Any],  # part -> report, as in bundle.json
+) -> str:  # in Markdown; empty unless there are two classes
+    "Ranking and thresholds of two classes: a row for each part and threshold."
+    rows = []
+    for part, binary in ((part, m["binary"]) for part, m in metrics.items() if "binary" in m):
+        points = {at["threshold"]: at for at in (binary["at_half"], binary["at_threshold"])}
+        for threshold, at in points.items():
+            figures = [binary["auroc"], binary["average_precision"], *(at[name] for name in list(at)[1:])]
+            values = ["none" if f["value"] is None else f"{100 * f['value']:.2f}" for f in figures]
+            rows.append(f"| {part}, {binary['positive']} from {threshold:.3f} on | {' | '.join(values)} |")
+    head = "| % | AUROC | average precision | precision | recall | specificity | balanced accuracy |"
+    return "\n".join([head, "|---" * 7 + "|", *rows]) if rows else ""
+
+
+def _two_classes(metrics: Mapping[str, Any]) -> str:
+    "What the card says of two classes."
+    if not (table := two_class_table(metrics)):
+        return ""
+    first = next(m["binary"] for m in metrics.values() if "binary" in m)
+    return f"""
+**Two classes.** {first["positive"]} is the positive one. The model answers with the more probable class, so from 0.5
+on. {first["threshold"]:.3f} was chosen on validation for the highest balanced accuracy, for whom both mistakes weigh
+the same however rare a class is.
+
+{table}
+"""
+
+
 # %% ../nbs/30_bundle.ipynb #card-text
 def card_text(
     info: Mapping[str, Any],  # bundle.json
@@ -209,25 +257,21 @@ def card_text(
     "The model card in Markdown (Mitchell et al. 2019): use, limits, data, figures with intervals, energy, licences."
     contract, data, limits = contract_from_dict(info["contract"]), info["data"], info["limits"]
     licence = info["licence"]
-    ground = f", {contract.pixel_metres:g} m a pixel" if contract.pixel_metres else ""
     joules = info.get("energy", {}).get("joules")
     energy = "not measured" if joules is None else f"{joules:,.0f} J ({info['energy']['method']})"
     drawn = data.get("note") or ("built-in synthetic tiles" if data["name"] == "synthetic" else "")
     note = f"\n**Trained on {drawn}.**\n" if drawn else ""
-    return f"""# Land-cover model {info["config"]["arch"]}
+    kind = "Picture classifier" if contract.level == "image" else "Land-cover model"
+    return f"""# {kind} {info["config"]["arch"]}
 {note}
-**Use.** Classifies tiles of {contract.tile_size} x {contract.tile_size} px (level {contract.level}, bands
-{", ".join(contract.bands)}{ground}) into {len(info["classes"])} classes: {", ".join(info["classes"])}.
-
-**Not for** scenes that cannot be brought to that contract, places and seasons without an evaluation there, or a
-decision about a single parcel. Neighbouring tiles lie in different parts of a random split: its figures flatter.
+{_use(contract, info["classes"])}
 
 **Data.** {data["name"]}, split {data["split"]}, content SHA-256 `{data["digest"][:16]}`; {licence["data"]}.
 
 | part | tiles | accuracy %, 95 % interval | macro F1 % | calibration error |
 |---|---|---|---|---|
 {_figures(info["metrics"])}
-
+{_two_classes(info["metrics"])}
 **Doubt.** An answer is called uncertain below a confidence of {limits["confidence"]:.3f}, and unfamiliar above an
 embedding distance of {limits["distance"]:.3g}; both limits come from validation tiles.
 

@@ -86,7 +86,7 @@ def run_doctor(_: argparse.Namespace) -> int:
 
 # %% ../nbs/60_cli.ipynb #parser
 VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and run_<verb>(given)
-    "data": ("fetch and verify EuroSAT", "training_verbs"),
+    "data": ("fetch and verify EuroSAT, look through pictures of your own", "training_verbs"),
     "train": ("train a model: runs train.ipynb", "training_verbs"),
     "evaluate": ("measure a run on its test part: runs evaluate.ipynb", "training_verbs"),
     "release": ("make a run a release candidate: runs release.ipynb", "training_verbs"),

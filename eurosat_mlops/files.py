@@ -23,7 +23,7 @@ from PIL import Image
 
 from .core import EurosatError
 from .data import IMAGE_SUFFIXES, MAX_BYTES
-from .predict import Classifier, read_tile
+from .predict import Classifier, read_tile, scales
 
 
 # %% ../nbs/36_files.ipynb #rows
@@ -120,6 +120,7 @@ def _read_image(
     name = "stdin" if image == "-" else image
     try:
         data = _read_bytes(image)
+        resize = resize or scales(classifier.contract)
         return name, read_tile(data, classifier.contract, name, resize), ""
     except EurosatError as error:
         return name, None, str(error).removeprefix(f"{name}: ")
@@ -162,8 +163,8 @@ def predict_files(
     images: Iterable[str | Failure],  # file names, as `find_images` gives them
     batch: int = 64,  # files in a chunk
     workers: int = 0,  # threads; 0 is one a core
-    averaging: bool = False,  # over the eight views of each tile
-    resize: bool = False,  # bring pictures of another size to the model's, which else are refused
+    averaging: bool = False,  # over the views of each tile, see `Classifier.predict`
+    resize: bool = False,  # bring satellite tiles of another size to the model's, which else are refused
     each: Callable[[list[str], np.ndarray], None] | None = None,  # also told names and tiles, from several threads
 ) -> Iterator[Prediction | Failure]:
     "One row a picture, in the order of the pictures; only a few chunks are held at a time."
@@ -216,6 +217,6 @@ def write_overlays(
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(name))[0])[:80]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            overlay(tile, heat).save(folder / f"{stem}-{digits}.png")
+            overlay(tile, heat, max(1, 256 // len(tile))).save(folder / f"{stem}-{digits}.png")
         except OSError as error:
             raise EurosatError(f"{folder}: the overlay of {stem} cannot be written ({error.strerror})") from None

@@ -94,7 +94,8 @@ class _Packing:
         "Write some tiles where they belong, and note what they are."
         whole = [(row, found) for row, found in zip(rows, decoded, strict=True) if isinstance(found, _Decoded)]
         faults = [(row, found) for row, found in zip(rows, decoded, strict=True) if isinstance(found, EurosatError)]
-        self.left_out += [[self.pictures.names[row], str(error)] for row, error in faults]
+        named = [(self.pictures.names[row], str(error)) for row, error in faults]
+        self.left_out += [[name, why.removeprefix(f"{name}: ")] for name, why in named]
         if not whole:
             return
         for (row, found), thumb in zip(whole, thumbnails(np.stack([f.tile for _, f in whole])), strict=True):
@@ -141,9 +142,9 @@ def pack_pictures(
                 read = [(_read(pictures, row), size, pictures.names[row]) for row in rows]
                 packing.add(rows, list(pool.map(lambda given: _decode(*given), read)), file)
                 bar.update(len(rows))
-        rows = sorted(packing.contents)
-        _close_up(file, rows, packing.pixels)
-    write_json(folder / "index.json", _index(packing, rows))
+        kept = sorted(packing.contents)
+        _close_up(file, kept, packing.pixels)
+    write_json(folder / "index.json", _index(packing, kept))
 
 
 # %% ../nbs/18_images.ipynb #pack-index
@@ -174,7 +175,7 @@ def hold_apart(
 ) -> dict[int, int]:  # row that must go -> a row that shows the same picture in a part that is held out
     "The rows of training that validation or test hold too, and those of validation that test holds."
     seen: dict[str, int] = {}
-    gone = {}
+    gone: dict[int, int] = {}
     for part in ("test", "val", "train"):
         rows = [row for row, of in enumerate(parts) if of == part]
         gone |= {row: seen[keys[row]] for row in rows if keys[row] in seen}
@@ -197,7 +198,7 @@ def choose_parts(
         return stratified_split(labels, keys, seed)
     if missing:
         train = own["train"]
-        drawn = stratified_split(labels[train], [keys[row] for row in train], seed)
+        drawn = stratified_split(labels[train], [keys[row] for row in train.tolist()], seed)
         own[missing[0]] = train[drawn[missing[0]]]
         own["train"] = np.setdiff1d(train, own[missing[0]])
     return own
@@ -236,10 +237,10 @@ def summarize_report(
         return ""
     alike, conflicts = report["alike"], report["conflicts"]
     unmeasured = [name for name, (_, _, test) in report["classes"].items() if not test]
-    lines = [f"{len(report['left_out'])} left out, such as {name}: {why}" for name, why in report["left_out"][:1]]
-    lines += [f"{len(alike)} pictures are there more than once, such as {', '.join(alike[0][:3])}"] if alike else []
-    lines += [f"{len(conflicts)} are in two classes, such as {', '.join(conflicts[0][:3])}"] if conflicts else []
-    lines += [f"{report['resized']} are resized"] if report["resized"] else []
+    lines = [f"left out: {len(report['left_out'])}, such as {name}: {why}" for name, why in report["left_out"][:1]]
+    lines += [f"look alike: {len(alike)} groups, such as {', '.join(alike[0][:3])}"] if alike else []
+    lines += [f"in two classes: {len(conflicts)}, such as {', '.join(conflicts[0][:3])}"] if conflicts else []
+    lines += [f"resized: {report['resized']:,}"] if report["resized"] else []
     lines += [f"not in test, so not measured: {', '.join(unmeasured)}"] if unmeasured else []
     return "\n".join(f"- {line}" for line in lines)
 

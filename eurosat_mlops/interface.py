@@ -9,6 +9,8 @@ __all__ = [
     "MODEL_FACTS",
     "STATS",
     "Described",
+    "RESIZE",
+    "Resize",
     "Exact",
     "json_answer",
     "Probability",
@@ -37,8 +39,9 @@ __all__ = [
 # %% ../nbs/07_interface.ipynb #imports
 import json
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
@@ -268,6 +271,13 @@ def whole_schema(
         return [written(each) for each in value] if isinstance(value, list) else value
 
     return written(schema)
+
+
+RESIZE = (
+    "bring a picture of another size to the model's. A model of ordinary pictures does so unasked, since they have no "
+    "size on the ground; one of satellite tiles refuses another size unless this is set"
+)
+Resize = Annotated[bool, Query(description=RESIZE)]
 
 
 def takes_files(

@@ -78,9 +78,7 @@ class TrainConfig:
     data: str = parameter(
         "auto", "tiles to train on", "auto, eurosat, synthetic, a path, a URL, hf:owner/name or kaggle:owner/name", bool
     )
-    split: str = one_of(
-        "random", "official split of EuroSAT; other data have their own or a drawn one", "random", "spatial"
-    )
+    split: str = one_of("random", "EuroSAT's official split; others bring or draw one", "random", "spatial")
     arch: str = parameter("tilenet_s", "network", "tilenet_s or any timm model name", lambda v: bool(check_arch(v)))
     weights: str = parameter("none", "where to start", "none, pretrained or a file of weights", bool)
     size: int = parameter(
@@ -93,14 +91,14 @@ class TrainConfig:
     label_smoothing: float = parameter(0.1, "label smoothing", "a number from 0 to below 1", lambda v: 0 <= v < 1)
     shift: int = parameter(4, "largest shift in augmentation, px", "0 to 15", lambda v: 0 <= v <= 15)
     symmetry: str = one_of("auto", "how tiles are turned; auto is square, for pictures mirror", "auto", *SYMMETRIES)
-    balance: str = one_of("auto", "help for rare classes; auto is loss where they are rare", "auto", *BALANCES)
+    balance: str = one_of("auto", "help for rare classes; auto is sampling if there are some", "auto", *BALANCES)
     ema: float = parameter(
         0.99, "decay of averaged weights, 0 for none", "a number from 0 to below 1", lambda v: 0 <= v < 1
     )
     precision: str = one_of("auto", "auto is bf16 where the machine has it", "auto", "fp32", "bf16")
     patience: int = parameter(0, "stop after so many epochs without gain, 0 for never", "0 or more", lambda v: v >= 0)
     memory: int = parameter(
-        0, "MB for tiles, 0 for half of what is free; more is read from disk", "0 or more", lambda v: v >= 0
+        0, "MB for tiles, 0 for half of what is free; else from disk", "0 or more", lambda v: v >= 0
     )
     workers: int = parameter(0, "threads that decode images, 0 for one a core", "0 to 256", lambda v: 0 <= v <= 256)
     device: str = one_of("auto", "auto is a GPU if there is one", "auto", "cpu", "cuda", "mps")
@@ -178,7 +176,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 # %% ../nbs/24_learner.ipynb #settle
-RARE = 10  # times as many tiles in the largest class as in the smallest
+RARE = 5  # times as many tiles in the largest class as in the smallest
 
 
 def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
@@ -190,7 +188,7 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
         config,
         size=tileset.contract.tile_size,
         symmetry=symmetry if config.symmetry == "auto" else config.symmetry,
-        balance=("loss" if rare else "none") if config.balance == "auto" else config.balance,
+        balance=("sampling" if rare else "none") if config.balance == "auto" else config.balance,
     )
 
 

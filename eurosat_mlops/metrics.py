@@ -22,7 +22,17 @@ __all__ = [
     "reliability",
     "expected_calibration_error",
     "fit_temperature",
+    "positive_class",
+    "tally_scores",
+    "roc_curve",
+    "precision_recall_curve",
+    "auroc",
+    "average_precision",
+    "ranking_figures",
+    "best_threshold",
+    "threshold_figures",
     "class_figures",
+    "binary_figures",
     "classification_report",
     "most_confident_mistakes",
 ]
@@ -35,6 +45,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .core import EurosatError
 
@@ -110,6 +121,19 @@ def accuracy_interval(
     half = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
     low, high = (middle - half) / (1 + z**2 / total), (middle + half) / (1 + z**2 / total)
     return (0.0 if correct == 0 else low), (1.0 if correct == total else high)
+
+
+# %% ../nbs/21_metrics.ipynb #figures
+def _figure(value: float, low: float, high: float) -> dict[str, float | None]:
+    if np.isnan(value):
+        return {"value": None, "low": None, "high": None}
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _proportion(correct: int, total: int) -> dict[str, float | None]:
+    if total == 0:
+        return _figure(np.nan, np.nan, np.nan)
+    return _figure(correct / total, *accuracy_interval(int(correct), int(total)))
 
 
 # %% ../nbs/21_metrics.ipynb #confusion-matrix
@@ -254,19 +278,103 @@ def fit_temperature(
     return float(np.exp((low + high) / 2))
 
 
-# %% ../nbs/21_metrics.ipynb #report-values
-def _figure(value: float, low: float, high: float) -> dict[str, float | None]:
-    if np.isnan(value):
-        return {"value": None, "low": None, "high": None}
-    return {"value": float(value), "low": float(low), "high": float(high)}
+# %% ../nbs/21_metrics.ipynb #positive-class
+def positive_class(classes: Sequence[str]) -> int:
+    "The place, 0 or 1, of the positive one of two classes: the later in sorted order, as in scikit-learn."
+    return int(classes[1] > classes[0])
 
 
-def _proportion(correct: int, total: int) -> dict[str, float | None]:
-    if total == 0:
-        return _figure(np.nan, np.nan, np.nan)
-    return _figure(correct / total, *accuracy_interval(int(correct), int(total)))
+# %% ../nbs/21_metrics.ipynb #tally-scores
+def tally_scores(
+    scores: np.ndarray,  # float (N,), high where positive is meant
+    positive: np.ndarray,  # bool (N,), the truth
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # cuts float64 (D,), falling; cell int64 (N,); tally int64 (2, D)
+    "Different scores, the place of each tile among them, and how many negative and positive tiles have each."
+    scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive)
+    if scores.ndim != 1 or scores.shape != positive.shape or positive.dtype != bool or not np.isfinite(scores).all():
+        got = f"{scores.dtype} {scores.shape} and {positive.dtype} {positive.shape}"
+        raise EurosatError(f"scores, positive: got {got}, expected finite numbers (N,) and bool (N,)")
+    if positive.all() or not positive.any():
+        raise EurosatError(f"positive: {positive.sum()} of {len(positive)} tiles are positive; expected some of each")
+    cuts, cell = np.unique(-scores, return_inverse=True)
+    return -cuts, cell, np.bincount(2 * cell + positive, minlength=2 * len(cuts)).reshape(-1, 2).T
 
 
+# %% ../nbs/21_metrics.ipynb #curves
+def roc_curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "False and true positive rate, threshold, (D + 1,) each: from (0, 0) at infinity to (1, 1) (Fawcett 2006)."
+    cuts, _, tally = tally_scores(scores, positive)
+    false, true = np.cumsum(np.pad(tally, ((0, 0), (1, 0))), axis=1) / tally.sum(1, keepdims=True)
+    return false, true, np.append(np.inf, cuts)
+
+
+def precision_recall_curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Precision, recall and threshold, (D,) each: the highest threshold first, and so by rising recall."
+    cuts, _, tally = tally_scores(scores, positive)
+    seen, true = tally.sum(0).cumsum(), tally[1].cumsum()
+    return true / seen, true / true[-1], cuts
+
+
+# %% ../nbs/21_metrics.ipynb #areas
+def _auroc(tally: np.ndarray) -> float:  # of `tally_scores`
+    negative, positive = tally
+    return float(_ratio((negative * (positive.cumsum() - positive / 2)).sum(), positive.sum() * negative.sum()))
+
+
+def _average_precision(tally: np.ndarray) -> float:
+    precision_there = tally[1].cumsum() / np.maximum(tally.sum(0).cumsum(), 1)
+    return float(_ratio((tally[1] * precision_there).sum(), tally[1].sum()))
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    "Area under the ROC curve, the chance that a positive scores higher than a negative: 0.5 is blind, 1 perfect."
+    return _auroc(tally_scores(scores, positive)[2])
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    "Mean precision over the positive tiles, without interpolation: the share of positives is blind, 1 perfect."
+    return _average_precision(tally_scores(scores, positive)[2])
+
+
+# %% ../nbs/21_metrics.ipynb #ranking-figures
+def ranking_figures(scores: np.ndarray, positive: np.ndarray, seed: int = 0) -> dict[str, dict[str, float | None]]:
+    "AUROC and average precision with 95 % percentile bootstrap intervals, which have no width where both are 1."
+    cuts, cell, tally = tally_scores(scores, positive)
+    code, rng, values = cell + len(cuts) * np.asarray(positive), np.random.default_rng(seed), np.empty((1000, 2))
+    for row in tqdm(range(len(values)), "drawing again", delay=2):
+        drawn = np.bincount(code[rng.integers(len(code), size=len(code))], minlength=2 * len(cuts)).reshape(2, -1)
+        values[row] = _auroc(drawn), _average_precision(drawn)
+    (low, high), found = np.nanquantile(values, [0.025, 0.975], axis=0), (_auroc(tally), _average_precision(tally))
+    names = ("auroc", "average_precision")
+    return {name: _figure(found[k], low[k], high[k]) for k, name in enumerate(names)}
+
+
+# %% ../nbs/21_metrics.ipynb #best-threshold
+def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
+    "From which probability on a tile is positive: where balanced accuracy is highest (Youden 1950), near 0.5 if equal."
+    false, true, cuts = roc_curve(scores, positive)
+    candidates = np.append((cuts[1:-1] + cuts[2:]) / 2, 0.5)
+    gain = (true - false)[np.searchsorted(-cuts, -candidates, side="right") - 1]
+    best = candidates[gain >= gain.max() - 1e-12]
+    return float(best[np.abs(best - 0.5).argmin()])
+
+
+# %% ../nbs/21_metrics.ipynb #cut-figures
+def threshold_figures(scores: np.ndarray, positive: np.ndarray, threshold: float, seed: int = 0) -> dict[str, Any]:
+    "Precision, recall, specificity and balanced accuracy, with 95 % intervals, if tiles from it on are positive."
+    y, said = np.asarray(positive, dtype=np.int64), (np.asarray(scores) >= threshold).astype(np.int64)
+    matrix = confusion_matrix(y, said, 2)
+    bounds = bootstrap_interval(y, said, balanced_accuracy, 2, seed)
+    return {
+        "threshold": float(threshold),
+        "precision": _proportion(matrix[1, 1], matrix[:, 1].sum()),
+        "recall": _proportion(matrix[1, 1], matrix[1].sum()),
+        "specificity": _proportion(matrix[0, 0], matrix[0].sum()),
+        "balanced_accuracy": _figure(float(balanced_accuracy(matrix)), *bounds),
+    }
+
+
+# %% ../nbs/21_metrics.ipynb #class-figures
 def class_figures(
     matrix: np.ndarray,  # int (K, K), rows true
     f1_bounds: np.ndarray,  # low and high of F1, (2, K)
@@ -285,6 +393,30 @@ def class_figures(
     }
 
 
+# %% ../nbs/21_metrics.ipynb #binary-figures
+def binary_figures(
+    p: np.ndarray,  # probabilities (N, 2)
+    y: np.ndarray,  # true labels, int (N,)
+    classes: Sequence[str],  # two names
+    seed: int = 0,  # of the bootstrap
+    threshold: float | None = None,  # chosen on other tiles; None chooses it on these
+) -> dict[str, Any]:
+    "Ranking and thresholds of a two-class set; AUROC and average precision are undefined if a class is absent."
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise EurosatError(f"threshold: got {threshold}, expected a probability; best_threshold gives one")
+    scores, positive = p[:, positive_class(classes)], y == positive_class(classes)
+    both, none = positive.any() and not positive.all(), _figure(np.nan, np.nan, np.nan)
+    cut = threshold if threshold is not None else best_threshold(scores, positive) if both else 0.5
+    ranking = ranking_figures(scores, positive, seed) if both else {"auroc": none, "average_precision": none}
+    return ranking | {
+        "positive": classes[positive_class(classes)],
+        "share": float(positive.mean()),
+        "threshold": float(cut),
+        "at_half": threshold_figures(scores, positive, 0.5, seed),
+        "at_threshold": threshold_figures(scores, positive, cut, seed),
+    }
+
+
 # %% ../nbs/21_metrics.ipynb #classification-report
 def classification_report(
     logits: np.ndarray,  # (N, K), before the temperature
@@ -292,6 +424,7 @@ def classification_report(
     classes: Sequence[str],  # K names
     temperature: float,  # from `fit_temperature` on other tiles than these
     seed: int = 0,  # of the bootstrap
+    threshold: float | None = None,  # of two classes: chosen on other tiles than these; None chooses it on these
 ) -> dict[str, Any]:  # JSON-ready
     "Everything we say about a classifier on a set of tiles, with 95 % intervals."
     logits, y = check_scores(logits, y)
@@ -317,7 +450,7 @@ def classification_report(
         "nll": negative_log_likelihood(p, y),
         "brier": brier_score(p, y),
         "temperature": float(temperature),
-    }
+    } | ({"binary": binary_figures(p, y, classes, seed, threshold)} if k == 2 else {})
 
 
 # %% ../nbs/21_metrics.ipynb #most-confident-mistakes

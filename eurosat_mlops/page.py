@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    "LAND",
+    "PICTURES",
     "PAGE_POLICY",
     "PAGE_FILES",
     "STATS",
+    "page_words",
     "model_facts",
     "draw_examples",
     "read_file",
@@ -18,7 +21,7 @@ __all__ = [
 # %% ../nbs/43_page.ipynb #imports
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -36,26 +39,60 @@ from .bundle import Bundle
 from .classes import CLASS_WORDS, class_colours, class_title
 from .drift import CHANGED, NOTICE
 
+# %% ../nbs/43_page.ipynb #words
+LAND = {
+    "brand": "EuroSAT",
+    "kind": "land cover",
+    "question": "What covers this land?",
+    "lead": "Give it a Sentinel-2 tile. It names the land cover, says how sure it is, and shows what part decided.",
+    "known": "Nothing asked yet. The model knows these kinds of land:",
+    "one": "tile",
+    "source": "Contains modified Copernicus Sentinel data.",
+    "caution": "Not for a decision about a single parcel.",
+}
+PICTURES = {
+    "kind": "picture classifier",
+    "question": "What does this picture show?",
+    "lead": "Give it a picture. It names what it shows, says how sure it is, and shows what part decided.",
+    "known": "Nothing asked yet. The model knows these classes:",
+    "one": "picture",
+    "source": "",
+    "caution": "It always names one of its classes, whatever it is shown.",
+}
+
+
+def page_words(bundle: Bundle) -> dict[str, str]:
+    "What the page calls things, by what the bundle's contract says of a pixel: on the ground, or of any picture."
+    contract, side = bundle.contract, f"{bundle.contract.tile_size} x {bundle.contract.tile_size} px"
+    if contract.level == "image":
+        return PICTURES | {
+            "brand": bundle.info["data"]["name"][:40],
+            "size": f"Scaled to {side}, if it has another size.",
+        }
+    return LAND | {"size": f"A tile is {side}" + f" of {contract.pixel_metres:g} m." * bool(contract.pixel_metres)}
+
 
 # %% ../nbs/43_page.ipynb #model-facts
-def model_facts(
-    bundle: Bundle,
-) -> dict[str, Any]:  # ready for JSON
+def model_facts(bundle: Bundle) -> dict[str, Any]:
     "The active model as the page shows it: classes with title, words and colour, limits, size of a tile, examples."
     contract, colours = bundle.contract, class_colours(bundle.classes)
     golden = bundle.reference.get("golden_labels", ()) if len(contract.bands) == 3 else ()
+    shown = np.unique(np.linspace(0, len(golden) - 1, 10).astype(int))[: len(golden)].tolist()
+    title, about = (str, dict[str, str]()) if contract.level == "image" else (class_title, CLASS_WORDS)
     return {
+        "words": page_words(bundle),
+        "scales": contract.level == "image",
         "version": bundle.id,
         "tile_size": contract.tile_size,
         "metres": round(contract.tile_size * contract.pixel_metres),  # 0 if the pictures have no scale
         "limits": dict(bundle.info["limits"]),
         "classes": [
-            {"name": name, "title": class_title(name), "about": CLASS_WORDS.get(name, ""), "colour": colour}
+            {"name": name, "title": title(name), "about": about.get(name, ""), "colour": colour}
             for name, colour in zip(bundle.classes, colours, strict=True)
         ],
         "examples": [
-            {"label": bundle.classes[label], "src": f"page/examples/{row}.png?model={bundle.id[:16]}"}
-            for row, label in enumerate(golden)
+            {"label": bundle.classes[golden[row]], "src": f"page/examples/{row}.png?model={bundle.id[:16]}"}
+            for row in shown
         ],
     }
 
@@ -105,12 +142,17 @@ def file_url(
 
 
 # %% ../nbs/43_page.ipynb #head
-def _head() -> FT:
+def _word(tag: Callable[..., FT], words: Mapping[str, str], name: str, **attributes: Any) -> FT:
+    "An element whose text follows the model that answers; the script finds it by the word's name."
+    return tag(words[name], data_word=name, **attributes)
+
+
+def _head(words: Mapping[str, str]) -> FT:
     return ft.Head(
         ft.Meta(charset="utf-8"),
-        ft.Title("EuroSAT land cover"),
+        ft.Title(f"{words['brand']} {words['kind']}"),
         ft.Meta(name="viewport", content="width=device-width, initial-scale=1"),
-        ft.Meta(name="description", content="Names the land cover of Sentinel-2 tiles, and says how sure it is."),
+        ft.Meta(name="description", content=words["lead"]),
         ft.Meta(name="color-scheme", content="light dark"),
         ft.Link(rel="icon", href=file_url("logo.svg"), type="image/svg+xml"),
         ft.Link(rel="stylesheet", href=file_url("page.css")),
@@ -119,31 +161,32 @@ def _head() -> FT:
 
 
 # %% ../nbs/43_page.ipynb #masthead
-def _masthead() -> FT:
+def _masthead(words: Mapping[str, str]) -> FT:
     views = [ft.Li(ft.A(name.capitalize(), href=f"#{name}")) for name in ("classify", "models", "status")]
     logo = ft.Img(src=file_url("logo.svg"), alt="", width=28, height=28)
-    name = ft.A(logo, ft.Span("EuroSAT ", ft.Span("land cover")), href="#classify", cls="brand")
+    both = ft.Span(_word(ft.B, words, "brand"), " ", _word(ft.Span, words, "kind"))
+    name = ft.A(logo, both, href="#classify", cls="brand")
     serving = ft.P(ft.Span(cls="dot", id="dot"), ft.Span("...", id="serving"), cls="serving")
     return ft.Header(ft.Div(name, ft.Nav(ft.Ul(*views), aria_label="Views"), serving, cls="wide"), cls="masthead")
 
 
-def _view(name: str, title: str, lead: str, *parts: FT) -> FT:
+def _view(name: str, title: FT, lead: FT, *parts: FT) -> FT:
     "One of the three views; the script shows one at a time."
-    head = ft.Div(ft.H1(title, id=f"{name}-title"), ft.P(lead, cls="lead"), cls="view-head")
+    head = ft.Div(title(id=f"{name}-title"), lead(cls="lead"), cls="view-head")
     hidden = name != "classify"
     return ft.Section(head, *parts, cls="view wide", data_view=name, hidden=hidden, aria_labelledby=f"{name}-title")
 
 
 # %% ../nbs/43_page.ipynb #desk
-def _desk() -> FT:
+def _desk(words: Mapping[str, str]) -> FT:
     formats = "image/jpeg,image/png,image/bmp,image/webp,image/tiff"
     drop = ft.Div(
         ft.H2("Your pictures"),
         ft.P("Drop them anywhere, paste them, or choose files; as many as you like.", cls="quiet"),
         ft.Input(type="file", id="files", multiple=True, accept=formats, cls="unseen"),
         ft.Label("Choose files", _for="files", cls="button primary"),
-        ft.Label(ft.Input(type="checkbox", id="resize"), "Scale pictures of another size", cls="tick"),
-        ft.P("A tile is ", ft.Span("64 x 64 px of 10 m", id="size-hint"), ". JPEG, PNG, BMP, WebP, TIFF.", cls="quiet"),
+        ft.Label(ft.Input(type="checkbox", id="resize"), "Scale pictures of another size", id="scale", cls="tick"),
+        ft.P(_word(ft.Span, words, "size"), " JPEG, PNG, BMP, WebP, TIFF.", cls="quiet"),
         id="drop",
         cls="drop",
     )
@@ -153,26 +196,29 @@ def _desk() -> FT:
 
 
 # %% ../nbs/43_page.ipynb #classify-view
-def _classify_view() -> FT:
-    lead = "Give it a Sentinel-2 tile. It names the land cover, says how sure it is, and shows what part decided."
+def _classify_view(words: Mapping[str, str]) -> FT:
     clear = ft.Button("Clear", id="clear", cls="small", type="button", hidden=True)
     legend = ft.Ul(id="legend", cls="legend")
     return _view(
         "classify",
-        "What covers this land?",
-        lead,
-        _desk(),
+        _word(ft.H1, words, "question"),
+        _word(ft.P, words, "lead"),
+        _desk(words),
         ft.Div(ft.H2("Answers"), ft.P(id="summary", cls="quiet"), clear, cls="results-head"),
         ft.Progress(id="overall", value=0, max=1, hidden=True, aria_label="Pictures answered"),
         ft.Ol(id="cards", cls="cards", hidden=True),
-        ft.Div(ft.P("Nothing asked yet. The model knows these kinds of land:"), legend, id="empty", cls="empty"),
+        ft.Div(_word(ft.P, words, "known"), legend, id="empty", cls="empty"),
     )
 
 
 # %% ../nbs/43_page.ipynb #models-view
 def _models_view() -> FT:
-    lead = "Each with how often it was right on tiles it did not train on. Switching interrupts nobody; it needs a key."
-    return _view("models", "Models", lead, ft.P(id="models-note", cls="message"), ft.Ul(id="models", cls="models"))
+    lead = (
+        "Each with how often it was right on pictures it did not train on. Switching interrupts nobody; it needs a key."
+    )
+    return _view(
+        "models", ft.H1("Models"), ft.P(lead), ft.P(id="models-note", cls="message"), ft.Ul(id="models", cls="models")
+    )
 
 
 # %% ../nbs/43_page.ipynb #journal-form
@@ -221,8 +267,8 @@ def _status_view() -> FT:
     counts = ft.Section(ft.H2("Seen in the last hour"), none, ft.Ul(id="counts", cls="bars"), cls="panel block")
     return _view(
         "status",
-        "Status",
-        "This service, now: the figures are read every two seconds.",
+        ft.H1("Status"),
+        ft.P("This service, now: the figures are read every two seconds."),
         ft.Dl(*figures, cls="figures panel"),
         ft.Div(traffic, drift, cls="pair"),
         ft.Div(counts, _journal_form(), cls="pair"),
@@ -316,14 +362,14 @@ def _dialogs() -> tuple[FT, FT]:
 
 
 # %% ../nbs/43_page.ipynb #page-html
-def page_html() -> str:
-    "The page as a document; it is the same for everybody."
+def page_html(words: Mapping[str, str]) -> str:
+    "The page as a document, the same for everybody, in the words of `page_words`."
     body = ft.Body(
         ft.A("Skip to the content", href="#main", cls="skip"),
-        _masthead(),
+        _masthead(words),
         ft.Main(
             ft.Noscript(ft.P("This page needs JavaScript. The service does not: ask its API.", cls="wide")),
-            _classify_view(),
+            _classify_view(words),
             _models_view(),
             _status_view(),
             id="main",
@@ -331,8 +377,8 @@ def page_html() -> str:
         ),
         ft.Footer(
             ft.Div(
-                ft.Span("Contains modified Copernicus Sentinel data."),
-                ft.Span("Not for a decision about a single parcel."),
+                _word(ft.Span, words, "source"),
+                _word(ft.Span, words, "caution"),
                 ft.A("For programs: the API", href="openapi.json"),
                 cls="wide",
             )
@@ -341,7 +387,7 @@ def page_html() -> str:
         *_dialogs(),
         *(_card_template(), _model_template(), *_small_templates()),
     )
-    return to_xml(ft.Html(_head(), body, lang="en"), indent=False)
+    return to_xml(ft.Html(_head(words), body, lang="en"), indent=False)
 
 
 # %% ../nbs/43_page.ipynb #make-page
@@ -349,16 +395,17 @@ def make_page(
     active: Callable[[], Bundle],  # the bundle that answers now
 ) -> Router:  # of `/` and `/page/`, to be mounted at `/`, or its routes taken
     "The page as routes; what is not there raises the `HTTPException` of status 404, for the service to word."
-    html, files, shown = page_html(), {name: read_file(name) for name in PAGE_FILES}, dict[str, Any]()
+    files, shown = {name: read_file(name) for name in PAGE_FILES}, dict[str, Any]()
 
     def current() -> dict[str, Any]:
         if shown.get("facts", {}).get("version") != (bundle := active()).id:
-            shown.update(pictures=draw_examples(bundle), facts=model_facts(bundle))
+            html = page_html(page_words(bundle))
+            shown.update(pictures=draw_examples(bundle), facts=model_facts(bundle), html=html)
         return shown
 
-    async def index(request: Request) -> Response:
+    def index(request: Request) -> Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
-        return Response(html, media_type="text/html", headers=headers)
+        return Response(current()["html"], media_type="text/html", headers=headers)
 
     async def file(request: Request) -> Response:
         if (name := request.path_params["name"]) not in files:

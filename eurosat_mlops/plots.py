@@ -9,6 +9,7 @@ __all__ = [
     "ACCENT",
     "BLUE",
     "PERCENT",
+    "MANY",
     "BAND_COLOURS",
     "Picture",
     "new_picture",
@@ -23,34 +24,46 @@ __all__ = [
     "plot_confusion",
     "plot_per_class",
     "plot_mistakes",
+    "plot_ranking",
     "plot_reliability",
-    "plot_latency",
 ]
 
 # %% ../nbs/25_plots.ipynb #imports
 import io
+import warnings
 from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from .classes import class_colours
 from .core import EurosatError
 from .data import TileSet
-from .metrics import expected_calibration_error, reliability
+from .metrics import expected_calibration_error, precision_recall_curve, reliability, roc_curve
 
 # %% ../nbs/25_plots.ipynb #picture
 INK, QUIET, ACCENT, BLUE = "#1F2933", "#7B8794", "#D1495B", "#2E6FBF"
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
+MANY = 25  # rows of a picture, at most
 
 
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook, once, without pyplot and its global state."
+
+    def draw(self, renderer: RendererBase) -> None:
+        "Draw names as they are: `$` begins no formula, and letters that the font lacks are boxes, without a word."
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            super().draw(renderer)
 
     def png(self) -> bytes:
         "The picture as a PNG; 256 colours make it a third of the size."
@@ -65,12 +78,8 @@ class Picture(Figure):
         return self.png()
 
 
-def new_picture(
-    title: str,  # the finding, in one sentence
-    width: float = 6.4,  # inches
-    height: float = 3.6,  # inches
-) -> Picture:
-    "An empty white figure with the title at its upper left, wrapped to its width."
+def new_picture(title: str, width: float = 6.4, height: float = 3.6) -> Picture:
+    "An empty white figure, its sizes in inches, with the finding as its title at the upper left, wrapped to its width."
     picture = Picture(figsize=(width, height), dpi=80, facecolor="white")
     picture.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     picture.suptitle(fill(title, int(width * 10.5)), x=0.02, ha="left", size=11, weight="bold", color=INK)
@@ -78,13 +87,8 @@ def new_picture(
 
 
 # %% ../nbs/25_plots.ipynb #style-axes
-def style_axes(
-    axes: Axes,
-    xlabel: str = "",  # with its unit
-    ylabel: str = "",  # with its unit
-    grid: str = "",  # "x", "y" or none
-) -> None:
-    "The look of all axes: few lines, light grid behind the data, dark grey text."
+def style_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "") -> None:
+    "The look of all axes: labels with their units, few lines, a light grid (x, y or both) behind the data."
     axes.set_xlabel(xlabel, size=9, color=INK)
     axes.set_ylabel(ylabel, size=9, color=INK)
     axes.tick_params(which="both", labelsize=9, labelcolor=INK, length=0)
@@ -107,49 +111,51 @@ def check_classes(name: str, n_classes: int, classes: Sequence[str]) -> None:
 
 
 def shorten(name: str, most: int = 24) -> str:
-    "A name of at most `most` characters, for an axis; its beginning and its end stay."
+    "A name of at most `most` characters, wide ones such as Chinese counted twice; its beginning and its end stay."
+    most -= sum(east_asian_width(letter) in "WF" for letter in name[:most]) // 2
     head, tail = most // 2, most - most // 2 - 1
     return name if len(name) <= most else f"{name[:head]}…{name[-tail:]}"
 
 
 # %% ../nbs/25_plots.ipynb #mosaic
-def _mosaic(rows: list[np.ndarray], columns: int, gap: int) -> np.ndarray:
-    "Rows of tiles (n, H, W, 3) as one white-gapped image, (rows x (H + gap), columns x (W + gap), 3)."
-    height, width = rows[0].shape[1:3]
+def _mosaic(rows: list[np.ndarray], columns: int) -> np.ndarray:
+    "Rows of tiles (n, H, W, 3) as one image with white gaps; large tiles are scaled down to 127 px or less."
+    step = max(1, rows[0].shape[1] // 64)
+    height, width = (-(-side // step) for side in rows[0].shape[1:3])
+    gap = max(1, height // 16)
     canvas = np.full((len(rows) * (height + gap), columns * (width + gap), 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, tile in enumerate(row):
             y, x = r * (height + gap), c * (width + gap)
-            canvas[y : y + height, x : x + width] = tile
+            canvas[y : y + height, x : x + width] = Image.fromarray(tile).reduce(step)
     return canvas
 
 
+# %% ../nbs/25_plots.ipynb #plot-sheet
 def plot_sheet(
     tiles: np.ndarray,  # uint8 (N, H, W, 3)
     labels: np.ndarray,  # int (N,)
     classes: Sequence[str],
     per_class: int = 5,  # tiles shown of each class, at most
 ) -> Figure:
-    "The first tiles of each class, a row each."
-    chosen = [np.flatnonzero(labels == k)[:per_class] for k in range(len(classes))]
-    gap = max(1, tiles.shape[1] // 16)
-    sheet = _mosaic([np.asarray(tiles[rows]) for rows in chosen], per_class, gap)
-    height = 0.55 * len(classes)
-    width = height * sheet.shape[1] / sheet.shape[0] + 0.5 + 0.09 * max(len(shorten(name)) for name in classes)
-    picture = new_picture(f"The first tiles of {len(classes)} classes", max(3, width), height + 0.5)
+    "The first tiles of each class, a row each; of more than `MANY` classes every so many."
+    shown = np.linspace(0, len(classes) - 1, min(len(classes), MANY)).astype(int)
+    sheet = _mosaic([np.asarray(tiles[np.flatnonzero(labels == k)[:per_class]]) for k in shown], per_class)
+    names, height = [shorten(classes[k]) for k in shown], 0.55 * len(shown)
+    width = height * sheet.shape[1] / sheet.shape[0] + 0.5 + 0.09 * max(map(len, names))
+    part = f"{len(shown)} of " if len(shown) < len(classes) else ""
+    picture = new_picture(f"The first tiles of {part}{len(classes):,} classes", max(3, width), height + 0.5)
     axes = picture.subplots(subplot_kw={"anchor": "E", "xticks": []})
     style_axes(axes)
     axes.imshow(sheet, interpolation="antialiased")
-    axes.set_yticks((np.arange(len(classes)) + 0.5) * sheet.shape[0] / len(classes) - gap / 2, map(shorten, classes))
+    axes.set_yticks((np.arange(len(shown)) + 0.47) * len(sheet) / len(shown), names)
     return picture
 
 
 # %% ../nbs/25_plots.ipynb #plot-balance
-def plot_balance(
-    tileset: TileSet,
-) -> Figure:
-    "Tiles of each class in train, val and test, the largest class first."
-    names, labels = tileset.classes, tileset.labels
+def plot_balance(tileset: TileSet) -> Figure:
+    "Tiles of each class in train, val and test, the largest class first; of more than `MANY` classes both ends."
+    names, labels = [shorten(name) for name in tileset.classes], tileset.labels
     counts = {part: np.bincount(labels[rows], minlength=len(names)) for part, rows in tileset.parts.items()}
     total = np.sum(list(counts.values()), axis=0)
     order = np.argsort(-total, kind="stable")
@@ -157,19 +163,20 @@ def plot_balance(
     span = f"from {total[small]:,} ({names[small]}) to {total[large]:,} ({names[large]}) tiles a class"
     even = f"{total[large]:,} in each of {len(names)} classes"
     title = f"{tileset.name}: {total.sum():,} tiles, {even if total[small] == total[large] else span}"
-    picture = new_picture(title, height=1.5 + 0.27 * len(names))
-    axes, left, place = picture.subplots(), np.zeros(len(names)), np.arange(len(names))
-    colours = [class_colours(names)[k] for k in order]
+    order = np.concatenate([order[:half], order[-half:]]) if len(order) > (half := MANY // 2) * 2 else order
+    picture = new_picture(title, height=1.5 + 0.27 * len(order))
+    axes, left, place = picture.subplots(), np.zeros(len(order)), np.arange(len(order))
+    colours = [class_colours(tileset.classes)[k] for k in order]
     for (part, count), alpha in zip(counts.items(), (1, 0.6, 0.3), strict=True):
         axes.barh(place, count[order], left=left, height=0.7, color=colours, alpha=alpha)
         axes.barh(0, 0, color=INK, alpha=alpha, label=f"{part} {count.sum():,}")
         left += count[order]
     for y, count in enumerate(total[order].tolist()):
         axes.text(count, y, f" {count:,}", va="center", size=9, color=INK)
-    style_axes(axes, "tiles", grid="x")
+    style_axes(axes, f"tiles (both ends of {len(names):,} classes)" if len(order) < len(names) else "tiles", grid="x")
     style_legend(axes, 3)
-    axes.set_yticks(place, [shorten(names[k]) for k in order])
-    axes.set(xlim=(0, total.max() * 1.1), ylim=(len(names) - 0.5, -0.5))
+    axes.set_yticks(place, [names[k] for k in order])
+    axes.set(xlim=(0, total.max() * 1.1), ylim=(len(order) - 0.5, -0.5))
     return picture
 
 
@@ -182,12 +189,13 @@ def plot_band_statistics(
     labels: np.ndarray,  # int (N,)
     classes: Sequence[str],
 ) -> Figure:
-    "Mean brightness of the tiles of each class by band: median and middle 80 %, the darkest class first."
+    "Mean brightness of the tiles of each class by band: median and middle 80 %, the darkest `MANY` classes first."
     bright = tiles.mean(axis=(1, 2))
     groups = [bright[labels == k] for k in range(len(classes))]
     rank = [group.mean() if len(group) else np.inf for group in groups]
     order = [k for k in np.argsort(rank, kind="stable") if len(groups[k])]
-    title = f"{classes[order[0]]} is the darkest class, {classes[order[-1]]} the brightest"
+    title = f"{shorten(classes[order[0]])} is the darkest class, {shorten(classes[order[-1]])} the brightest"
+    order = order[:MANY]
     picture = new_picture(title, height=1.6 + 0.33 * len(order))
     axes = picture.subplots()
     for band, (name, colour) in enumerate(BAND_COLOURS.items()):
@@ -203,10 +211,8 @@ def plot_band_statistics(
 
 
 # %% ../nbs/25_plots.ipynb #plot-history
-def plot_history(
-    history: Sequence[dict[str, float]],  # an entry for each epoch: epoch, train_loss, valid_loss, accuracy, lr
-) -> Figure:
-    "Losses, validation accuracy and learning rate by epoch, the best epoch marked."
+def plot_history(history: Sequence[dict[str, float]]) -> Figure:
+    "Train_loss, valid_loss, accuracy and lr of each epoch, the best epoch marked."
     if not history:
         raise EurosatError("history: got no epoch, expected one entry for each; train for one epoch at least")
     columns = ("epoch", "train_loss", "valid_loss", "accuracy", "lr")
@@ -240,8 +246,26 @@ def _confusion_title(matrix: np.ndarray, classes: Sequence[str]) -> str:
     mistakes = matrix - np.diag(matrix.diagonal())
     true, said = divmod(int(mistakes.argmax()), len(matrix))
     right = f"{matrix.trace() / max(1, matrix.sum()):.1%} of {matrix.sum():,} tiles right"
-    worst = f"; most often {classes[true]} is taken for {classes[said]} ({mistakes.max():,})"
+    worst = f"; most often {shorten(classes[true])} is taken for {shorten(classes[said])} ({mistakes.max():,})"
     return right + (worst if mistakes.any() else "")
+
+
+# %% ../nbs/25_plots.ipynb #plot-pairs
+def _plot_pairs(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
+    "The pairs of classes that are confused most often, `MANY` at most: what is left to read of a large matrix."
+    mistakes = matrix - np.diag(matrix.diagonal())
+    worst = np.argsort(-mistakes, axis=None, kind="stable")[: min(MANY, np.count_nonzero(mistakes))]
+    picture = new_picture(_confusion_title(matrix, classes), 7.2, 1.5 + 0.27 * len(worst))
+    axes, names = picture.subplots(), [shorten(name, 20) for name in classes]
+    axes.barh(range(len(worst)), mistakes.flat[worst], height=0.7, color="#F5A35C")
+    for place, i in enumerate(worst):
+        share = mistakes.flat[i] / matrix[i // len(matrix)].sum()
+        axes.text(mistakes.flat[i], place, f" {mistakes.flat[i]:,} ({share:.0%})", va="center", size=9, color=INK)
+    style_axes(axes, f"tiles of the one class taken for the other, of {len(matrix):,} classes", grid="x")
+    axes.set_yticks(range(len(worst)), [f"{names[i // len(matrix)]} as {names[i % len(matrix)]}" for i in worst])
+    axes.set(ylim=(max(len(worst), 1) - 0.5, -0.5), xlim=(0, 1.2 * max(mistakes.max(), 1)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return picture
 
 
 # %% ../nbs/25_plots.ipynb #plot-confusion
@@ -249,9 +273,11 @@ def plot_confusion(
     matrix: np.ndarray,  # int (K, K), rows true, columns predicted
     classes: Sequence[str],
 ) -> Figure:
-    "Counts on a colour by share of the row: blue where right, orange where wrong, nothing where zero."
+    "Counts on a colour by share of the row, blue where right, orange where wrong; the worst pairs of many classes."
     matrix = np.asarray(matrix)
     check_classes("confusion", len(matrix), classes)
+    if len(matrix) > MANY:
+        return _plot_pairs(matrix, classes)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     right, wrong = np.eye(len(matrix), dtype=bool), share * (1 - np.eye(len(matrix)))
     side = max(3.4, 2.4 + 0.43 * len(matrix))
@@ -274,23 +300,23 @@ def plot_confusion(
 
 
 # %% ../nbs/25_plots.ipynb #plot-per-class
-def plot_per_class(
-    report: dict[str, Any],  # from `metrics.classification_report`
-) -> Figure:
-    "Recall of each class with its 95 % interval, the lowest first; classes without tiles are named below."
+def plot_per_class(report: dict[str, Any]) -> Figure:
+    "Recall of each class by a `classification_report`, the lowest first, `MANY` at most; absent ones are named below."
     known = {name: c for name, c in report["per_class"].items() if c["support"]}
-    names = sorted(known, key=lambda name: known[name]["recall"]["value"])
+    names = sorted(known, key=lambda name: known[name]["recall"]["value"])[:MANY]
     absent = [name for name in report["per_class"] if name not in known]
+    colour = dict(zip(report["per_class"], class_colours(list(report["per_class"])), strict=True))
     value, low, high = (np.array([known[n]["recall"][key] for n in names]) for key in ("value", "low", "high"))
-    lowest = f"Recall is lowest for {names[0]}: {value[0]:.1%} ({low[0]:.1%} to {high[0]:.1%})"
+    lowest = f"Recall is lowest for {shorten(names[0])}: {value[0]:.1%} ({low[0]:.1%} to {high[0]:.1%})"
     picture = new_picture(
         lowest if value[0] < 1 else "Every tile of every class is found", height=1.5 + 0.27 * len(names)
     )
     axes, place, mean = picture.subplots(), np.arange(len(names)), report["balanced_accuracy"]["value"]
     axes.axvline(mean, color=QUIET, linewidth=1, linestyle="--", label=f"mean of the classes {mean:.1%}")
-    axes.hlines(place, low, high, color=class_colours(names), linewidth=4, alpha=0.6)
-    axes.scatter(value, place, color=class_colours(names), edgecolor=INK, linewidth=0.6, s=42, zorder=3)
-    note = f"; no tile of {', '.join(absent)}" if absent else ""
+    axes.hlines(place, low, high, color=[colour[n] for n in names], linewidth=4, alpha=0.6)
+    axes.scatter(value, place, color=[colour[n] for n in names], edgecolor=INK, linewidth=0.6, s=42, zorder=3)
+    note = f"; the lowest {MANY} of {len(known):,} classes" if len(known) > MANY else ""
+    note += f"; no tile of {', '.join(map(shorten, absent[:5]))}{', ...' * (len(absent) > 5)}" if absent else ""
     style_axes(axes, fill(f"recall, with 95 % interval (number of tiles in brackets){note}", 70), grid="x")
     style_legend(axes, 1)
     axes.set_yticks(place, [f"{shorten(n)} ({known[n]['support']:,})" for n in names])
@@ -314,7 +340,7 @@ def plot_mistakes(
     columns, lines = min(4, len(indices)), -(-len(indices) // 4)
     many = f"{len(indices)} surest mistakes" if len(indices) > 1 else "surest mistake"
     title = f"The {many}: the label above, below what the model said"
-    picture = new_picture(title, max(3.4, 1.7 * columns), 0.7 + 1.85 * lines)
+    picture = new_picture(title, max(3.4, 1.7 * columns), 0.7 + 1.95 * lines)
     picture.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08, hspace=0.06)
     bare = {"xticks": [], "yticks": [], "frame_on": False}
     panels = picture.subplots(lines, columns, squeeze=False, subplot_kw=bare).ravel()
@@ -324,6 +350,35 @@ def plot_mistakes(
         axes.set_title(shorten(classes[y[index]], 21), size=9, color=INK, pad=3)
         text = f"{shorten(classes[said], 21)}\n{p[index, said]:.1%}"
         axes.text(0.5, -0.04, text, ha="center", va="top", size=9, color=ACCENT, transform=axes.transAxes)
+    return picture
+
+
+# %% ../nbs/25_plots.ipynb #plot-ranking
+def plot_ranking(
+    scores: np.ndarray,  # probability of the positive class, float (N,)
+    positive: np.ndarray,  # bool (N,), the truth
+    report: dict[str, Any],  # from `metrics.binary_figures`, of the same tiles
+) -> Figure:
+    "ROC and precision-recall curve of two classes, with the points of 0.5 and of the chosen threshold."
+    false, true, cuts = roc_curve(scores, positive)
+    precision, recall, _ = precision_recall_curve(scores, positive)
+    areas = f"AUROC {report['auroc']['value']:.3f}, average precision {report['average_precision']['value']:.3f}"
+    picture = new_picture(f"{shorten(report['positive'])} is the positive class: {areas}", 7.2, 4.1)
+    left, right = picture.subplots(1, 2, subplot_kw={"xlim": (0, 1), "ylim": (0, 1.01), "box_aspect": 1})
+    left.plot(false, true, [0, 1], [0, 1])
+    right.plot(recall, precision, [0, 1], [report["share"]] * 2)
+    marks = {"threshold 0.5": (0.5, "o", INK), f"chosen: {report['threshold']:.3f}": (report["threshold"], "D", ACCENT)}
+    for name, (cut, mark, colour) in marks.items():
+        row = int(np.searchsorted(-cuts, -cut, side="right")) - 1
+        left.plot(false[row], true[row], mark, color=colour, label=name, clip_on=False)
+        right.plot(recall[row - 1 : row], precision[row - 1 : row], mark, color=colour, clip_on=not row)
+    for axes, x, y in ((left, "false positive rate", "true positive rate"), (right, "recall", "precision")):
+        style_axes(axes, x, y, grid="both")
+        axes.lines[0].set(color=BLUE)
+        axes.lines[1].set(color=QUIET, linewidth=1, linestyle="--")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PERCENT)
+    picture.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return picture
 
 
@@ -365,27 +420,4 @@ def plot_reliability(
         style_axes(axes, "confidence" if axes in panels[1] else "", label, grid="y")
     bars = panels[0, 0].get_legend_handles_labels()
     picture.legend(*bars, loc="outside lower center", ncols=3, frameon=False, fontsize=9, handlelength=1.2)
-    return picture
-
-
-# %% ../nbs/25_plots.ipynb #plot-latency
-def plot_latency(
-    rows: Sequence[dict[str, Any]],  # from `release.time_ways`
-) -> Picture:
-    "Median latency of one tile on one thread by way of running the model, the fastest first."
-    single = sorted((r for r in rows if r["batch"] == r["threads"] == 1), key=lambda r: r["p50_ms"])
-    if len(single) < 2:
-        raise EurosatError(f"rows: got {len(single)} with batch 1 and 1 thread, expected two or more to compare")
-    p50, p99 = (np.array([r[key] for r in single]) for key in ("p50_ms", "p99_ms"))
-    finding = f"{single[0]['graph']} answers a tile {p50[-1] / p50[0]:.1f} times as fast as {single[-1]['graph']}"
-    picture, place = new_picture(finding, height=1.3 + 0.36 * len(single)), np.arange(len(single))
-    axes = picture.subplots()
-    axes.hlines(place, 0, p99, color=QUIET, linewidth=1)
-    axes.barh(place, p50, height=0.6, color=[BLUE if r["graph"].startswith("ONNX") else "#B8C4D0" for r in single])
-    for y, value, far in zip(place, p50, p99, strict=True):
-        axes.annotate(f"{value:.2f} ms", (max(value, far), y), (5, 0), textcoords="offset points", va="center", size=9)
-    style_axes(axes, "milliseconds for one tile: median (bar) and 99th percentile (line)", grid="x")
-    axes.set_yticks(place, [r["graph"] for r in single])
-    axes.set_ylim(len(single) - 0.5, -0.5)
-    axes.margins(x=0.15)
     return picture

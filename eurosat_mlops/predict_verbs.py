@@ -37,9 +37,15 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--top", type=int, default=0, help="only the most probable classes (default: the probability of all)"
     )
     parser.add_argument(
-        "--average", action="store_true", help="over the eight turned and mirrored views; eight times slower"
+        "--average",
+        action="store_true",
+        help="over the turned and mirrored views that training knew: up to eight, so many times slower",
     )
-    parser.add_argument("--resize", action="store_true", help="bring pictures of another size to the model's")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring satellite tiles of another size to the model's; ordinary pictures always are",
+    )
     parser.add_argument("--precision", default="", help="fp32 or int8 (default: what the bundle serves)")
     parser.add_argument("--workers", type=int, default=0, help="threads (default: one a core)")
     parser.add_argument("--explain", type=Path, metavar="FOLDER", help="save there which part of each tile decided")

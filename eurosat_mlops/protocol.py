@@ -468,7 +468,7 @@ HeaderBytes = Annotated[int | None, Header(alias="Inference-Header-Content-Lengt
 
 @protocol.post("/models/{name}/infer", responses=_GIVEN, openapi_extra=_BODY)
 async def infer(request: Request, name: ModelName, header_bytes: HeaderBytes = None) -> Response:
-    "What land cover tiles show; JSON, or JSON with the pixels behind it."
+    "What tiles show; JSON, or JSON with the pixels behind it."
     return await _infer(request, name, None, header_bytes)
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "add_int8",
     "prune_and_tune",
     "time_ways",
+    "plot_latency",
     "time_jpeg",
     "record_release",
     "latency_table",
@@ -31,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .bundle import GRAPHS, Bundle, update_bundle
-from .core import Settings, load_settings, log, read_json, write_json
+from .core import EurosatError, Settings, load_settings, log, read_json, write_json
 from .data import TileRows, TileSet
 from eurosat_mlops.export import (
     compile_network,
@@ -44,6 +45,7 @@ from eurosat_mlops.export import (
 from .learner import config_from, fit, make_learner, predict_logits
 from .metrics import softmax
 from .models import TileClassifier
+from .plots import BLUE, QUIET, Picture, new_picture, style_axes
 from .predict import load_bundle, read_tile
 from .runs import load_classifier, open_run, training_sample
 from .session import answer, measure_latency, open_session
@@ -182,6 +184,29 @@ def time_ways(
             session = open_session(graph, count)
             rows.append(_row(name, tiles, count, partial(answer, session, tiles), len(graph) / 1e6))
     return rows
+
+
+# %% ../nbs/39_release.ipynb #plot-latency
+def plot_latency(
+    rows: Sequence[dict[str, Any]],  # from `time_ways`
+) -> Picture:
+    "Median latency of one tile on one thread by way of running the model, the fastest first."
+    single = sorted((r for r in rows if r["batch"] == r["threads"] == 1), key=lambda r: r["p50_ms"])
+    if len(single) < 2:
+        raise EurosatError(f"rows: got {len(single)} with batch 1 and 1 thread, expected two or more to compare")
+    p50, p99 = (np.array([r[key] for r in single]) for key in ("p50_ms", "p99_ms"))
+    finding = f"{single[0]['graph']} answers a tile {p50[-1] / p50[0]:.1f} times as fast as {single[-1]['graph']}"
+    picture, place = new_picture(finding, height=1.3 + 0.36 * len(single)), np.arange(len(single))
+    axes = picture.subplots()
+    axes.hlines(place, 0, p99, color=QUIET, linewidth=1)
+    axes.barh(place, p50, height=0.6, color=[BLUE if r["graph"].startswith("ONNX") else "#B8C4D0" for r in single])
+    for y, value, far in zip(place, p50, p99, strict=True):
+        axes.annotate(f"{value:.2f} ms", (max(value, far), y), (5, 0), textcoords="offset points", va="center", size=9)
+    style_axes(axes, "milliseconds for one tile: median (bar) and 99th percentile (line)", grid="x")
+    axes.set_yticks(place, [r["graph"] for r in single])
+    axes.set_ylim(len(single) - 0.5, -0.5)
+    axes.margins(x=0.15)
+    return picture
 
 
 # %% ../nbs/39_release.ipynb #time-jpeg

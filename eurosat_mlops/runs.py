@@ -88,6 +88,7 @@ class Predictions:
     logits: np.ndarray  # float32, shape (N, K)
     temperature: float
     classes: tuple[str, ...]
+    threshold: float | None = None  # of two classes: chosen on validation; None chooses it on these tiles
 
     @property
     def uncalibrated(self) -> np.ndarray:  # shape (N, K)
@@ -100,7 +101,7 @@ class Predictions:
     @property
     def report(self) -> dict[str, Any]:
         "Every figure of the part, see `metrics.classification_report`."
-        return classification_report(self.logits, self.labels, self.classes, self.temperature)
+        return classification_report(self.logits, self.labels, self.classes, self.temperature, threshold=self.threshold)
 
     def mistakes(self, k: int) -> np.ndarray:
         "Rows of at most k mistakes, the most confident first."
@@ -354,7 +355,8 @@ def answer_part(
     session = open_session(bundle.read(graph_name(bundle, precision)), torch.get_num_threads())
     p, embedding = answer(session, tiles)
     logits = bundle.temperature * np.log(np.maximum(p, np.finfo(np.float32).tiny))
-    said = Predictions(tiles, labels, logits, bundle.temperature, bundle.classes)
+    threshold = bundle.info["metrics"]["validation"].get("binary", {}).get("threshold", 0.5)
+    said = Predictions(tiles, labels, logits, bundle.temperature, bundle.classes, threshold)
     reference, limits = bundle.reference, bundle.info["limits"]
     distance = familiar_distance(embedding, reference["centers"], reference["whitening"])
     return said, said.report | {

@@ -94,9 +94,9 @@ async def predict(
     request: Request,
     top_k: Annotated[int, Query(ge=1, le=1000)] = 3,
     explain: bool = False,
-    resize: bool = False,
+    resize: interface.Resize = False,
 ) -> Response:
-    "What land cover a tile shows: an image as the body, or as the file of a form."
+    "What a picture shows: an image as the body, or as the file of a form."
     service, id = service_of(request), request_id(request)
     service.admit(request)
     body = await read_body(request, service.config.image_bytes, service.config, service.held)
@@ -126,9 +126,9 @@ _BATCH = {"request_id": "5f0c1d", "model": interface.ANSWERING, "results": _ROWS
 async def predict_batch(
     request: Request,
     top_k: Annotated[int, Query(ge=1, le=1000)] = 3,
-    resize: bool = False,
+    resize: interface.Resize = False,
 ) -> Response:
-    "What land cover each of many tiles shows."
+    "What each of many pictures shows."
     service, config, id = service_of(request), service_of(request).config, request_id(request)
     service.admit(request, 0)
     body = await read_body(request, config.batch_bytes, config, service.held)

@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 from typing import Any
@@ -37,7 +37,7 @@ from .drift import Baseline
 from .engine import DeadlinePassed, Engine, EngineBusy, Result, ServingModel
 from .entries import Entry, hash_pixels, utc_now
 from .journal import Journal, JournalError
-from .predict import read_tile
+from .predict import read_tile, scales
 from .problems import FULL, Held, Problem, RateLimit, ServeConfig, check_key, hash_key, raw_refusal
 from .telemetry import Telemetry
 from .traces import Traces
@@ -115,7 +115,7 @@ def _read(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.
 
 def _try(contract: InputContract, resize: bool, file: tuple[str, bytes]) -> np.ndarray | EurosatError | Problem:
     try:
-        return _read(contract, resize, file)
+        return _read(contract, resize or scales(contract), file)
     except (EurosatError, Problem) as error:
         return error
 
@@ -133,11 +133,14 @@ class Decoder:
         data: bytes,
         name: str,
         engine: Engine,  # whose active model says what a tile is
-        resize: bool = False,  # bring another size to the model's
+        resize: bool = False,  # bring a satellite tile of another size to the model's
     ) -> np.ndarray:  # uint8 (S, S, C)
         "The tile in an image; 415 or 422 where there is none."
-        read = partial(_read, engine.active.classifier.contract, resize, (name, data))
-        tile: np.ndarray = read() if len(data) < 1 << 15 and not resize else await self._hand_over(read)
+        contract, file = engine.active.classifier.contract, (name, data)
+        if len(data) < 1 << 15 and not resize:
+            with suppress(*[EurosatError] if scales(contract) else []):  # it may only be of another size
+                return _read(contract, False, file)
+        tile: np.ndarray = await self._hand_over(partial(_read, contract, resize or scales(contract), file))
         return tile
 
     async def read_all(

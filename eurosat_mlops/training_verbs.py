@@ -248,9 +248,13 @@ def _verify(_: argparse.Namespace) -> int:
 
 # %% ../nbs/55_training_verbs.ipynb #data-inspect
 def _inspect(given: argparse.Namespace) -> int:
+    from eurosat_mlops.datasets import find_source
     from eurosat_mlops.images import summarize_report
 
-    folder = reserve_run(load_settings(), "inspect").absolute()
+    settings = load_settings()
+    if given.data not in ("auto", "eurosat", "synthetic") and not (path := find_source(given.data, settings)).exists():
+        raise EurosatError(f"{path}: no such file or folder; expected pictures in class/image, or a table of them")
+    folder = reserve_run(settings, "inspect").absolute()
     chosen = {name: value for name in ("size", "seed") if (value := getattr(given, name)) is not None}
     run_notebook("inspect", folder, {"data": given.data, "out": str(folder)} | chosen)
     found = read_json(folder / "data.json")

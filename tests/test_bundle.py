@@ -5,17 +5,19 @@ import subprocess
 import numpy as np
 import pytest
 
-from eurosat_mlops.bands import EUROSAT_RGB, contract_to_dict
+from eurosat_mlops.bands import EUROSAT_RGB, IMAGE_RGB, contract_to_dict
 from eurosat_mlops.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
     add_metrics,
     bundle_answers,
+    card_text,
     check_info,
     graph_name,
     read_arrays,
     read_bundle,
     to_arrays,
+    two_class_table,
     update_bundle,
     verify_bundle,
     write_bundle,
@@ -168,6 +170,34 @@ def test_arrays_carry_no_code(bundle):
     with pytest.raises(ValueError, match="pickle"):
         read_arrays(to_arrays({"bad": np.array([{}], dtype=object)}))
     assert bundle.reference["labels"].tolist() == list(range(5))
+
+
+BINARY_POINT = dict.fromkeys(("precision", "recall", "specificity", "balanced_accuracy"), INTERVAL)
+BINARY = {
+    "positive": "REAL",
+    "auroc": INTERVAL,
+    "average_precision": {"value": None, "low": None, "high": None},
+    "threshold": 0.3,
+    "at_half": {"threshold": 0.5, **BINARY_POINT},
+    "at_threshold": {"threshold": 0.3, **BINARY_POINT},
+}
+
+
+def test_the_card_of_ordinary_pictures_speaks_of_no_ground():
+    info = INFO | {"contract": contract_to_dict(IMAGE_RGB), "data": INFO["data"] | {"name": "cifake"}}
+    card = card_text(info)
+    assert card.startswith("# Picture classifier tilenet_s") and "scaled to 64 x 64 px" in card
+    assert [word for word in ("Sentinel", "parcel", "scene", "Land", "m a pixel", "level") if word in card] == []
+    assert card_text(INFO).startswith("# Land-cover model") and "10 m a pixel" in card_text(INFO)
+
+
+def test_the_card_of_two_classes_names_the_positive_one_and_the_threshold():
+    assert two_class_table({"validation": FIGURES}) == "" and "Two classes" not in card_text(INFO)
+    card = card_text(INFO | {"metrics": {"validation": FIGURES | {"binary": BINARY}}})
+    assert "REAL is the positive one" in card and "0.300 was chosen on validation" in card
+    assert "| validation, REAL from 0.300 on | 90.00 | none | 90.00 | 90.00 | 90.00 | 90.00 |" in card
+    level = BINARY | {"threshold": 0.5, "at_threshold": BINARY["at_half"]}
+    assert two_class_table({"test": {"binary": level}}).count("REAL from") == 1  # 0.5 was chosen: one row is enough
 
 
 def test_the_card_names_use_limits_data_energy_and_licences(tmp_path):

@@ -59,6 +59,7 @@ def test_train_and_evaluate_leave_notebooks_figures_and_metrics(place, capfd):
         (["evaluate"], "train one first"),
         (["release", "--run", "yesterday"], "train one first"),
         (["data", "verify"], "eurosat data fetch"),
+        (["data", "inspect", "pictures"], "pictures: no such file or folder"),
         (["predict", "production", "tiles"], "tiles: no such file or folder"),
         (["predict", "production", "empty"], "empty: no image found"),
         (["predict", "production", "tile.png"], "production"),
@@ -90,6 +91,22 @@ def test_a_file_of_parameters_comes_before_flags(place, project):
     (run,) = place.glob("runs/*-smoke")
     config = read_json(run / "config.json")
     assert (config["data"], config["epochs"], config["bs"]) == ("synthetic", 1, 32)
+
+
+def test_inspect_says_what_is_in_a_folder_and_what_a_run_would_do(place, capsys):
+    tiles = make_synthetic(per_class=12, size=40)
+    for row, label in enumerate(tiles.labels):
+        home = place / "own" / tiles.classes[label]
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tiles.tiles[row]).save(home / f"{row}.png")
+    (place / "own" / "Forest" / "broken.png").write_bytes(b"no picture")
+    assert main(["data", "inspect", "own", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 1, such as Forest/broken.png" in printed and "40 px, 0 of 120 resized" in printed
+    (run,) = (place / "runs").iterdir()
+    found = read_json(run / "data.json")
+    assert found["plan"]["split"].startswith("drawn by content") and (run / "inspect.ipynb").is_file()
+    assert not (place / "runs" / "latest").exists()  # nothing was trained
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eurosat_mlops.bands import IMAGE_RGB
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.files import Failure, Prediction, find_images, overlay, predict_files, shown, write_overlays
 from eurosat_mlops.predict import Classifier, load_bundle
@@ -105,6 +107,15 @@ def test_broken_files_do_not_stop_the_others(model: Classifier, pictures: Path, 
     assert all(reasons.values()) and not any(str(tmp_path) in reason for reason in reasons.values())
     (resized,) = predict_files(model, [str(tmp_path / "wide.png")], resize=True)
     assert isinstance(resized, Prediction)
+
+
+def test_ordinary_pictures_of_another_size_are_scaled_unasked(model: Classifier, tmp_path: Path) -> None:
+    Image.new("RGB", (96, 40), "red").save(tmp_path / "wide.png")
+    assert isinstance(next(predict_files(model, [str(tmp_path / "wide.png")])), Failure)
+    ordinary = replace(model, contract=replace(IMAGE_RGB, tile_size=64))
+    (found,) = predict_files(ordinary, [str(tmp_path / "wide.png")])
+    (same,) = predict_files(model, [str(tmp_path / "wide.png")], resize=True)
+    assert found == same
 
 
 def test_a_picture_that_vanished_is_a_row(model: Classifier) -> None:

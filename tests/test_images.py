@@ -106,7 +106,7 @@ def test_a_picture_saved_again_stays_on_one_side(tiles, folder, tmp_path):
     part_of = {found.names[row]: part for part, rows in found.parts.items() for row in rows}
     assert len(found.report["alike"]) == 25
     assert all(len({part_of[name] for name in group}) == 1 for group in found.report["alike"])
-    assert "25 pictures are there more than once" in summarize_report(found.report)
+    assert "look alike: 25 groups" in summarize_report(found.report)
 
 
 def test_a_picture_in_two_classes_is_named(folder, tmp_path):
@@ -262,7 +262,7 @@ def test_a_hundred_rare_and_common_classes_with_broken_files_run_through(tmp_pat
     report = run.tileset.report
     assert set(broken) <= {name for name, _ in report["left_out"]} and len(report["left_out"]) <= len(broken) + 1
     assert {name: sum(n) for name, n in report["classes"].items()} == counts
-    assert run.config.balance == "loss" and run.config.symmetry == "mirror" and run.config.size == 16
+    assert run.config.balance == "sampling" and run.config.symmetry == "mirror" and run.config.size == 16
     test = evaluate(run.folder, settings=settings).metrics["test"]["stratified"]
     few = [name for name, n in counts.items() if n == 1]
     assert few and all(test["per_class"][name]["recall"]["value"] is None for name in few)

@@ -157,6 +157,112 @@ def test_report_is_json_and_its_parts_agree():
     assert report == metrics.classification_report(logits, y, CLASSES, report["temperature"])
 
 
+def ranked(n: int = 2000, share: float = 0.1, digits: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    "Probabilities with many ties, and which tiles are positive."
+    rng = np.random.default_rng(seed)
+    positive = rng.random(n) < share
+    return (1 / (1 + np.exp(1 - rng.normal(2 * positive, 1.5)))).round(digits), positive
+
+
+@pytest.mark.parametrize("digits", [1, 2, 15])
+def test_curves_and_their_areas_are_those_of_scikit_learn(digits):
+    scores, positive = ranked(digits=digits)
+    theirs = sklearn_metrics.roc_curve(positive, scores, drop_intermediate=False)
+    for ours, expected in zip(metrics.roc_curve(scores, positive), theirs, strict=True):
+        assert ours == pytest.approx(expected)
+    precision, recall, cuts = metrics.precision_recall_curve(scores, positive)
+    expected = sklearn_metrics.precision_recall_curve(positive, scores)  # the other way round, and a point (1, 0) more
+    assert precision[::-1] == pytest.approx(expected[0][:-1]) and recall[::-1] == pytest.approx(expected[1][:-1])
+    assert cuts[::-1] == pytest.approx(expected[2])
+    assert metrics.auroc(scores, positive) == pytest.approx(sklearn_metrics.roc_auc_score(positive, scores))
+    average = sklearn_metrics.average_precision_score(positive, scores)
+    assert metrics.average_precision(scores, positive) == pytest.approx(average)
+
+
+def test_auroc_is_the_chance_that_a_positive_scores_higher():
+    rng = np.random.default_rng(0)
+    low, high = rng.integers(0, 5, 60), rng.integers(2, 8, 40)
+    pairs = [(h > k) + 0.5 * (h == k) for k in low for h in high]
+    assert metrics.auroc(np.append(low, high), np.arange(100) >= 60) == pytest.approx(np.mean(pairs))
+
+
+def test_ranking_intervals_cover_95_percent_and_are_fast():
+    truth, _ = metrics.ranking_figures(*ranked(200_000, 0.3, 15)).values()
+    hits = 0
+    for seed in range(200):
+        figure = metrics.ranking_figures(*ranked(300, 0.3, 15, seed + 1))["auroc"]
+        hits += figure["low"] <= truth["value"] <= figure["high"]
+    assert 0.90 < hits / 200 < 0.99
+    begin = time.perf_counter()
+    first = metrics.ranking_figures(*ranked(5400, digits=15), seed=1)
+    assert time.perf_counter() - begin < 3
+    assert first == metrics.ranking_figures(*ranked(5400, digits=15), seed=1)
+    assert first != metrics.ranking_figures(*ranked(5400, digits=15), seed=2)
+
+
+def test_the_threshold_is_the_best_of_all_and_stays_at_a_half_without_need():
+    scores, positive = ranked(500, digits=3)
+    best = metrics.best_threshold(scores, positive)
+
+    def balanced(cut: float) -> float:
+        return float((scores[positive] >= cut).mean() + (scores[~positive] < cut).mean())
+
+    assert balanced(best) == pytest.approx(max(balanced(cut) for cut in np.unique(scores)))
+    assert best not in scores and balanced(best) > balanced(0.5)
+    assert metrics.best_threshold(np.array([0.1, 0.2, 0.9]), np.array([False, False, True])) == 0.5
+    assert metrics.best_threshold(np.array([0.6, 0.7, 0.9]), np.array([False, False, True])) == pytest.approx(0.8)
+    assert metrics.best_threshold(np.array([0.3, 0.3]), np.array([False, True])) == 0.5  # no threshold helps
+
+
+def two_classes(n: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    logits, y = sample(n, k=2, temperature=2)
+    return logits + np.array([1.5, 0]), y  # the first is thought more frequent than it is
+
+
+def test_report_of_two_classes_has_ranking_and_thresholds():
+    logits, y = two_classes()
+    validation = metrics.classification_report(logits[::2], y[::2], ("fake", "real"), 2.0)
+    binary = validation["binary"]
+    assert json.loads(json.dumps(validation, allow_nan=False)) == validation
+    assert binary["positive"] == "real" and binary["threshold"] < 0.4
+    report = metrics.classification_report(logits[1::2], y[1::2], ("fake", "real"), 2.0, threshold=binary["threshold"])
+    found, p, truth = report["binary"], metrics.softmax(logits[1::2] / 2)[:, 1], y[1::2]
+    assert found["threshold"] == found["at_threshold"]["threshold"] == binary["threshold"]
+    assert found["auroc"]["value"] == pytest.approx(sklearn_metrics.roc_auc_score(truth, p))
+    assert found["share"] == truth.mean() and found["at_half"]["threshold"] == 0.5
+    for name, cut in (("at_half", 0.5), ("at_threshold", binary["threshold"])):
+        said, figures = p >= cut, {k: v["value"] for k, v in found[name].items() if k != "threshold"}
+        expected = {
+            "precision": sklearn_metrics.precision_score(truth, said),
+            "recall": sklearn_metrics.recall_score(truth, said),
+            "specificity": sklearn_metrics.recall_score(truth, said, pos_label=0),
+            "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truth, said),
+        }
+        assert figures == pytest.approx(expected)
+    assert found["at_half"]["recall"] == report["per_class"]["real"]["recall"]
+    gain = [found[name]["balanced_accuracy"]["value"] for name in ("at_half", "at_threshold")]
+    assert gain[1] > gain[0]
+    figures = [found["auroc"], found["average_precision"], *(v for v in found["at_half"].values() if type(v) is dict)]
+    assert all(f["low"] <= f["value"] <= f["high"] for f in figures)
+
+
+def test_the_positive_class_is_the_later_in_sorted_order_wherever_it_stands():
+    logits, y = two_classes()
+    straight = metrics.classification_report(logits, y, ("fake", "real"), 2.0)["binary"]
+    turned = metrics.classification_report(logits[:, ::-1], 1 - y, ("real", "fake"), 2.0)["binary"]
+    assert turned == straight
+    assert "binary" not in metrics.classification_report(*sample(50), CLASSES, 1.0)
+
+
+def test_a_two_class_report_without_one_of_them_has_no_ranking():
+    report = metrics.classification_report(np.array([[3.0, 0], [0, 1]]), np.array([0, 0]), ("a", "b"), 1.0)
+    nothing = {"value": None, "low": None, "high": None}
+    json.dumps(report, allow_nan=False)
+    assert report["binary"]["auroc"] == report["binary"]["average_precision"] == nothing
+    assert report["binary"]["threshold"] == 0.5 and report["binary"]["at_half"]["recall"] == nothing
+    assert report["binary"]["at_half"]["specificity"]["value"] == 0.5
+
+
 def test_report_of_one_tile_says_what_is_unknown():
     report = metrics.classification_report(np.array([[0.0, 3, 0, 0, 0]]), np.array([1]), CLASSES, 1.0)
     json.dumps(report, allow_nan=False)
@@ -199,6 +305,10 @@ NAN[1, 1], INF[0, 2] = np.nan, np.inf
         (lambda: metrics.confusion_matrix(Y / 2, Y, 3), "got float64"),
         (lambda: metrics.brier_score(GOOD * 2, Y), "not distributions"),
         (lambda: metrics.most_confident_mistakes(GOOD - 0.5, Y, 3), "not distributions"),
+        (lambda: metrics.auroc(np.array([0.1, 0.9]), np.array([True, True])), "2 of 2 tiles are positive"),
+        (lambda: metrics.auroc(np.array([0.1, np.nan]), np.array([True, False])), "expected finite numbers"),
+        (lambda: metrics.roc_curve(np.zeros(2), np.array([0, 1])), "int64"),
+        (lambda: metrics.classification_report(GOOD[:2, :2], Y[:2], "ab", 1.0, threshold=1.5), "threshold: got 1.5"),
         (lambda: metrics.accuracy_interval(3, 2), "got 3 of 2"),
         (lambda: metrics.accuracy_interval(0, 0), "got 0 of 0"),
     ],

@@ -20,12 +20,13 @@ from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'eurosat-mlops[dev]' brings playwright")
 
+from eurosat_mlops.bands import IMAGE_RGB, contract_to_dict  # noqa: E402
 from eurosat_mlops.bundle import Bundle, read_bundle, update_bundle  # noqa: E402
 from eurosat_mlops.classes import class_colours, class_title  # noqa: E402
 from eurosat_mlops.core import Settings  # noqa: E402
 from eurosat_mlops.engine import Engine, open_model  # noqa: E402
 from eurosat_mlops.journal import Journal, open_journal  # noqa: E402
-from eurosat_mlops.page import PAGE_FILES, PAGE_POLICY, file_url, page_html  # noqa: E402
+from eurosat_mlops.page import PAGE_FILES, PAGE_POLICY, file_url, page_html, page_words  # noqa: E402
 from eurosat_mlops.problems import ServeConfig, hash_key, new_key  # noqa: E402
 from eurosat_mlops.registry import open_registry  # noqa: E402
 from eurosat_mlops.serve import make_app  # noqa: E402
@@ -446,11 +447,53 @@ def test_motion_is_left_out_where_it_is_not_wanted(visit: Callable[..., Visit], 
     assert fill.evaluate("fill => getComputedStyle(fill).transitionDuration") == "0s"
 
 
+@pytest.fixture(scope="module")
+def pictures(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    "The same network, said to be of ordinary pictures of ten breeds."
+    place = tmp_path_factory.mktemp("pictures")
+    folder = shutil.copytree(bundle_folder, place / "breeds")
+    classes = ["Forest", "a_b", "Écureuil roux", "$x$", "<b>bold</b>", "x" * 80, "猫", *"qrs"]
+    changes = {"classes": classes, "contract": contract_to_dict(IMAGE_RGB), "data": BREEDS}
+    update_bundle(folder, changes, {})
+    with running(place, folder) as service:
+        yield service
+
+
+BREEDS = {"name": "breeds", "split": "stratified", "digest": "0" * 64}
+
+
+def test_a_model_of_ordinary_pictures_has_words_of_its_own(visit: Callable[..., Visit], pictures: Running) -> None:
+    here = visit(pictures)
+    assert here.page.title() == "What does this picture show? · breeds picture classifier"
+    text = here.page.locator("body").inner_text()
+    assert not re.search(r"Sentinel|land|tile| m\b|parcel|River|EuroSAT", text.replace("Forest", ""))
+    assert "Scaled to 64 x 64 px" in text and here.page.locator("#scale").is_hidden()
+    assert here.page.locator("#legend li").all_inner_texts() == list(pictures.bundle.classes)  # as they are called
+    for view in ("models", "status"):
+        here.page.click(f"nav a[href='#{view}']")
+        here.page.wait_for_selector({"models": ".model", "status": "#drift li"}[view])
+        assert not re.search(r"Sentinel|land cover|tile\b|Kinds of land", here.page.locator("main").inner_text())
+
+
+def test_a_picture_of_another_size_and_shape_is_scaled_unasked(visit: Callable[..., Visit], pictures: Running) -> None:
+    here, noise = visit(pictures), np.random.default_rng(0).integers(0, 256, (90, 300, 3), dtype=np.uint8)
+    here.give(picture(noise), picture(np.kron(golden(pictures)[0][0], np.ones((9, 9, 1), np.uint8))))
+    assert "2 pictures" in here.page.locator("#summary").inner_text()
+    assert "without an answer" not in here.page.locator("#summary").inner_text()
+    assert here.part("ground").inner_text() == "" and here.part("ground", 2).inner_text() == ""
+    here.part("look").click()
+    shape = here.part("heat").evaluate("canvas => [canvas.width, canvas.height]")
+    assert shape == [213, 64]  # what decided lies over the picture as it is shown, not over a square
+    assert here.part("image").evaluate("image => getComputedStyle(image).imageRendering") == "auto"
+    here.part("wrong").click()
+    assert here.page.locator("#choices button").count() == 9
+
+
 def test_what_the_service_sends_for_the_page(service: Running) -> None:
     with httpx.Client(base_url=service.url) as client:
         index = client.get("/")
         assert index.headers["content-security-policy"] == PAGE_POLICY and "unsafe" not in PAGE_POLICY
-        assert index.text == page_html() and not re.search(
+        assert index.text == page_html(page_words(service.bundle)) and not re.search(
             r"<style|style=|<script>|\son\w+=|https?://(?!www.w3.org/2000/svg)", index.text
         )
         assert "set-cookie" not in index.headers

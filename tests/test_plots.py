@@ -18,10 +18,18 @@ from eurosat_mlops.bands import EUROSAT_RGB
 from eurosat_mlops.classes import LAND_COVER_COLOURS, class_colours
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.data import EUROSAT_CLASSES, TileSet
-from eurosat_mlops.metrics import classification_report, confusion_matrix, most_confident_mistakes, softmax
+from eurosat_mlops.metrics import (
+    binary_figures,
+    classification_report,
+    confusion_matrix,
+    most_confident_mistakes,
+    softmax,
+)
 
 LONG = tuple(f"Discontinuous urban fabric with gardens {k:02d}" for k in range(20))
-CLASSES = [EUROSAT_CLASSES, ("cloud", "clear"), LONG]
+ODD = tuple(sorted(("100$ of $bill_{", "猫猫", "Ελιά", "قطة", "x_1^2", "unbroken_" * 9)))
+HUNDRED = tuple(f"class number {k:03d}" for k in range(94)) + ODD
+CLASSES = [EUROSAT_CLASSES, ("cloud", "clear"), LONG, ODD, HUNDRED[:47], HUNDRED]
 
 
 def tile_set(classes: tuple[str, ...], per_class: int = 10) -> TileSet:
@@ -81,7 +89,7 @@ def y_names(figure: Figure) -> list[str]:
     return [t.get_text() for t in figure.axes[0].get_yticklabels()]
 
 
-@pytest.mark.parametrize("classes", CLASSES, ids=["10", "2", "20 long"])
+@pytest.mark.parametrize("classes", CLASSES, ids=["10", "2", "20 long", "odd", "47", "100"])
 def test_every_picture_fits_its_frame(classes):
     k, tiles = len(classes), tile_set(classes)
     logits, y = predictions(k, 10 * k)
@@ -166,6 +174,73 @@ def test_per_class_is_sorted_and_names_absent_classes():
     assert "no tile of gone" in figure.axes[0].get_xlabel().replace("\n", " ")
     perfect = classification_report(np.eye(2) * 9, np.array([0, 1]), ("a", "b"), 1.0)
     assert title(plots.plot_per_class(perfect)) == "Every tile of every class is found"
+
+
+def test_a_hundred_classes_leave_a_picture_readable():
+    tiles, (logits, y) = tile_set(HUNDRED, 3), predictions(100, 4000)
+    matrix = confusion_matrix(y, logits.argmax(1), 100)
+    matrix[3, 7] = 30
+    shown = {
+        "sheet": plots.plot_sheet(tiles.tiles, tiles.labels, HUNDRED),
+        "balance": plots.plot_balance(tiles),
+        "pairs": plots.plot_confusion(matrix, HUNDRED),
+        "recall": plots.plot_per_class(classification_report(logits, y, HUNDRED, 1.0)),
+    }
+    for figure in shown.values():
+        assert len(y_names(figure)) <= plots.MANY and figure.get_figheight() < 15
+    assert y_names(shown["pairs"])[0] == "class number 003 as class number 007"
+    assert shown["pairs"].axes[0].texts[0].get_text().strip() == f"30 ({30 / matrix[3].sum():.0%})"
+    assert title(shown["sheet"]) == "The first tiles of 25 of 100 classes"
+    assert "of 100 classes" in shown["balance"].axes[0].get_xlabel()
+    assert "the lowest 25 of 100 classes" in shown["recall"].axes[0].get_xlabel().replace("\n", " ")
+    assert not y_names(plots.plot_confusion(np.diag(np.full(100, 9)), HUNDRED))
+
+
+def test_the_balance_of_many_classes_shows_the_largest_and_the_smallest():
+    tiles = tile_set(HUNDRED, 2)
+    labels = np.repeat(np.arange(100), np.append(101, np.ones(99, int)))
+    figure = plots.plot_balance(TileSet(**{**vars(tiles), "labels": labels}))
+    assert y_names(figure)[0] == HUNDRED[0] and len(y_names(figure)) == 24
+    assert [t.get_text().strip() for t in figure.axes[0].texts] == ["101"] + ["1"] * 23
+
+
+@pytest.mark.parametrize("size", [16, 32, 512])
+def test_tiles_of_any_size_make_a_sheet_of_the_same_size(size):
+    tiles = np.stack([np.full((size, size, 3), value, np.uint8) for value in (10, 90, 200)])
+    figure = plots.plot_sheet(tiles, np.arange(3), ("a", "b", "c"), 2)
+    sheet = figure.axes[0].images[0].get_array()
+    assert sheet.shape[0] < 3 * 140 and sheet[5, 5, 0] == 10 and sheet[-10, 5, 0] == 200
+    assert figure.get_size_inches() == pytest.approx([3, 2.15], abs=0.1)
+
+
+def test_a_long_name_is_cut_in_the_middle_by_the_room_it_takes():
+    assert plots.shorten("River") == "River" and plots.shorten("猫" * 6) == "猫" * 6
+    assert plots.shorten("ab" * 30) == "ab" * 6 + "…" + ("ab" * 30)[-11:]
+    assert plots.shorten("猫" * 30) == "猫" * 6 + "…" + "猫" * 5
+
+
+def test_a_class_has_one_colour_in_every_picture():
+    report = classification_report(np.array([[9.0, 0], [9, 0], [0, 9]]), np.array([0, 1, 1]), ("FAKE", "REAL"), 1.0)
+    figure = plots.plot_per_class(report)
+    assert y_names(figure) == ["REAL (2)", "FAKE (1)"]
+    colours = [
+        tuple(round(255 * part) for part in colour[:3]) for colour in figure.axes[0].collections[1].get_facecolor()
+    ]
+    assert colours == [tuple(bytes.fromhex(code[1:])) for code in class_colours(("FAKE", "REAL"))[::-1]]
+
+
+def test_ranking_marks_a_half_and_the_chosen_threshold():
+    scores, positive = np.array([0.1, 0.3, 0.4, 0.45, 0.7, 0.9]), np.array([0, 0, 1, 0, 1, 1], dtype=bool)
+    p = np.stack([1 - scores, scores], 1)
+    report = binary_figures(p, positive.astype(int), ("fake", "real"), threshold=0.35)
+    figure = plots.plot_ranking(scores, positive, report)
+    check_layout(figure)
+    roc, recall = figure.axes
+    marks = [[float(v[0]) for v in line.get_data()] for line in (*roc.lines[2:], *recall.lines[2:])]
+    assert np.allclose(marks, [[0, 2 / 3], [1 / 3, 1], [2 / 3, 1], [1, 3 / 4]])
+    assert title(figure) == "real is the positive class: AUROC 0.889, average precision 0.917"
+    nothing = binary_figures(p / 3 + np.array([2 / 3, 0]), positive.astype(int), ("fake", "real"))
+    check_layout(plots.plot_ranking(scores / 3, positive, nothing))  # from 0.5 on there is no tile, so no precision
 
 
 def test_mistakes_show_label_prediction_and_probability():

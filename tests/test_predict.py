@@ -12,6 +12,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from eurosat_mlops.bundle import update_bundle, verify_bundle
 from eurosat_mlops.core import EurosatError, Settings
 from eurosat_mlops.data import MAX_PIXELS, _plain_jpeg, decode_image
 from eurosat_mlops.export import quantize_graph
-from eurosat_mlops.predict import Answers, Classifier, load_bundle, read_tile, square_views
+from eurosat_mlops.predict import Answers, Classifier, _cover_masks, load_bundle, read_tile, square_views
 from eurosat_mlops.synthetic import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -375,6 +376,23 @@ def test_averaging_is_the_mean_over_the_eight_views(classifier):
         assert np.allclose(getattr(averaged, name), np.mean([getattr(v, name) for v in views], axis=0), atol=1e-6)
     turned = classifier.predict(np.rot90(TILES[:6], axes=(1, 2)), averaging=True)
     assert np.allclose(turned.probabilities, averaged.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize(("symmetry", "count"), [("square", 8), ("mirror", 2), ("none", 1)])
+def test_averaging_takes_the_views_that_training_took_for_the_same(classifier, symmetry, count):
+    config = classifier.bundle.info["config"] | {"symmetry": symmetry}
+    other = replace(classifier, bundle=replace(classifier.bundle, info=classifier.bundle.info | {"config": config}))
+    views = [np.ascontiguousarray(view) for view in square_views(TILES[:6], symmetry)]
+    assert len({view.tobytes() for view in views}) == len(views) == count
+    by_hand = np.mean([classifier.predict(view).probabilities for view in views], axis=0)
+    assert np.allclose(other.predict(TILES[:6], averaging=True).probabilities, by_hand, atol=1e-6)
+    assert np.array_equal(views[0], TILES[:6]) and (count == 1 or np.array_equal(views[1], TILES[:6, :, ::-1]))
+
+
+@pytest.mark.parametrize("size", [16, 50, 512])
+def test_explaining_a_tile_of_any_size_asks_as_often(size):
+    masks = _cover_masks(size, size // 4, size // 8)
+    assert 49 <= len(masks) <= 100 and masks.any(0).all()
 
 
 def test_answers_name_their_doubts():

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eurosat_mlops.bands import IMAGE_RGB, contract_to_dict
 from eurosat_mlops.bundle import read_bundle, update_bundle
 from eurosat_mlops.core import Settings
 from eurosat_mlops.engine import Engine, open_model
@@ -305,6 +306,31 @@ def test_an_explanation_comes_on_request(bundle_folder: Path, tmp_path: Path, ti
             assert np.shape(found) == (64, 64)
             large = png(np.zeros((300, 200, 3), np.uint8))
             assert (await asked.post("/predict?resize=true", content=large)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_model_of_ordinary_pictures_scales_them_unasked(bundle_folder: Path, tmp_path: Path, tile: bytes) -> None:
+    "Also when more come at a time than may wait to be decoded, if they have the model's size."
+    folder = shutil.copytree(bundle_folder, tmp_path / "pictures")
+    update_bundle(folder, {"contract": contract_to_dict(IMAGE_RGB)}, {})
+    noise = png(np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8))
+
+    async def run() -> None:
+        async with client(folder, tmp_path) as asked:
+            for content in (noise, png(np.zeros((9, 12, 3), np.uint8))):
+                assert (await asked.post("/predict", content=content)).status_code == 200
+            form = [("files", (name, noise)) for name in ("a.png", "b.png")]
+            found = (await asked.post("/predict/batch", files=form)).json()["results"]
+            assert [row["status"] for row in found] == ["ok", "ok"]
+            assert (await asked.post("/predict", content=b"no picture")).status_code == 415
+            many = await asyncio.gather(*(asked.post("/predict", content=tile) for _ in range(30)))
+            assert {answer.status_code for answer in many} == {200}
+            document = (await asked.get("/openapi.json")).json()
+            (told,) = [p for p in document["paths"]["/predict"]["post"]["parameters"] if p["name"] == "resize"]
+            assert (
+                "ordinary pictures" in told["description"] and "land" not in str(document["paths"]["/predict"]).lower()
+            )
 
     asyncio.run(run())
 

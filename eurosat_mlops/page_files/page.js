@@ -2,9 +2,10 @@
 
 const $ = (id) => document.getElementById(id);
 const LANES = 3; // pictures under way at a time
-const BIG = 1e6; // bytes; no tile has as many
+const BIG = 1e6; // bytes; few pictures have as many
 const MANY = 4; // pictures: from here on a screen reader hears the sum, not each answer
 const TRIES = 6; // of one picture while the service is busy
+const ROWS = 20; // classes in a list, at most
 const percent = (share, digits = 0) => (share == null ? "–" : `${(100 * share).toFixed(digits)} %`);
 const short = (id) => String(id ?? "").slice(0, 8);
 const alias = (model) => (model.version.startsWith(model.alias) ? "" : model.alias); // an id is no name
@@ -51,7 +52,7 @@ function upload(file, resize, headers, onProgress) { // fetch() tells nothing of
     request.responseType = "json";
     request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
     request.onerror = () => fail(new Problem(0, file.size > BIG && {
-      detail: `The connection broke. The file has ${(file.size / 1e6).toFixed(0)} MB, which may be too much; a tile has a few kB.`,
+      detail: `The connection broke. The file has ${(file.size / 1e6).toFixed(0)} MB, which may be too much.`,
     }));
     request.onload = () => request.status === 200
       ? done(request.response)
@@ -92,13 +93,15 @@ function askKey(refused) {
 
 // ---- what the page knows of the model that answers
 
-let facts = { classes: [], limits: {}, examples: [], tile_size: 64, metres: 0, version: "" };
+let facts = { words: {}, classes: [], limits: {}, examples: [], tile_size: 64, metres: 0, scales: false, version: "" };
 const classOf = (name) => facts.classes.find((one) => one.name === name) ?? { name, title: name, colour: "#8c8c8c" };
 
 async function readFacts() {
   facts = await askJson("page/model.json");
-  const side = `${facts.tile_size} × ${facts.tile_size} px`;
-  $("size-hint").textContent = facts.metres ? `${side} of ${facts.metres / facts.tile_size} m` : side;
+  for (const element of document.querySelectorAll("[data-word]")) element.textContent = facts.words[element.dataset.word];
+  entitle();
+  $("scale").hidden = facts.scales;
+  $("mosaic").style.setProperty("--columns", Math.min(5, Math.max(2, facts.examples.length)));
   $("mosaic").replaceChildren(...facts.examples.map((example, k) => {
     const button = document.createElement("button");
     const image = Object.assign(new Image(facts.tile_size, facts.tile_size), { src: example.src, alt: "" });
@@ -154,7 +157,10 @@ function classify(files) {
     const card = $("card").content.cloneNode(true).firstElementChild;
     part(card, "file").textContent = part(card, "file").title = file.name || "pasted picture";
     const image = part(card, "image");
-    image.onload = () => (part(card, "ground").textContent = isTile(image) && facts.metres ? `${facts.metres} m` : "");
+    image.onload = () => {
+      part(card, "ground").textContent = isTile(image) && facts.metres ? `${facts.metres} m` : "";
+      image.classList.toggle("large", image.naturalWidth > image.clientWidth);
+    };
     image.onerror = () => (part(card, "blank").hidden = false);
     image.src = URL.createObjectURL(file);
     part(card, "look").addEventListener("click", () => look(card));
@@ -230,8 +236,8 @@ function show(card, heard) {
   part(card, "confidence").textContent = certainty(heard.confidence);
   part(card, "image").alt = `The picture, ${one.title}`;
   const limit = `the ${percent(facts.limits.confidence)} that it asks of itself`;
-  const words = heard.unfamiliar && heard.uncertain ? `Unlike the tiles it learned from, and below ${limit}: do not rely on it.`
-    : heard.unfamiliar ? "Unlike the tiles this model learned from: its answer may mean nothing."
+  const words = heard.unfamiliar && heard.uncertain ? `Unlike the ${facts.words.one}s it learned from, and below ${limit}: do not rely on it.`
+    : heard.unfamiliar ? `Unlike the ${facts.words.one}s this model learned from: its answer may mean nothing.`
     : heard.uncertain ? `Its best guess is below ${limit}. Look for yourself.`
     : one.about && `${one.about}.`;
   const tags = [heard.unfamiliar && ["strange", "Unfamiliar"], heard.uncertain && ["unsure", "Not sure"], sure && ["sure", "Sure"]];
@@ -291,19 +297,22 @@ function look(card) {
   const on = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", on);
   canvas.hidden = !on;
-  if (on) paint(canvas, card.heard.explanation);
+  if (on) paint(canvas, card.heard.explanation, part(card, "image"));
   part(card, "done").textContent = on ? partInWords(card.heard) : "";
 }
 
-function paint(canvas, rows) {
+function paint(canvas, rows, { naturalWidth, naturalHeight }) {
   const [pen, size] = [canvas.getContext("2d"), rows.length];
-  canvas.width = canvas.height = size;
   const picture = pen.createImageData(size, size);
   rows.flat().forEach((value, k) => {
     const colour = value > 0 ? [240, 84, 30] : [47, 107, 216];
     picture.data.set([...colour, 170 * Math.min(1, Math.sqrt(Math.abs(value) / 0.5))], 4 * k);
   });
-  pen.putImageData(picture, 0, 0);
+  const [square, ratio] = [new OffscreenCanvas(size, size), naturalWidth / naturalHeight || 1]; // the model saw a square
+  square.getContext("2d").putImageData(picture, 0, 0);
+  canvas.width = Math.round(size * Math.max(1, ratio));
+  canvas.height = Math.round(size * Math.max(1, 1 / ratio));
+  pen.drawImage(square, 0, 0, canvas.width, canvas.height);
 }
 
 function partInWords({ explanation, label }) {
@@ -370,7 +379,9 @@ function modelCard(model, active, low) {
   at("created").textContent = model.created ? model.created.slice(0, 10) : "not said";
   at("precision").textContent = model.precision ?? "not said";
   at("scores").replaceChildren(...Object.entries(model.metrics ?? {}).map(([name, found]) => score(name, found, low)));
-  at("chips").replaceChildren(...(model.classes ?? []).map((name) => swatch(document.createElement("li"), classOf(name))));
+  const known = model.classes ?? [];
+  at("chips").replaceChildren(...known.slice(0, ROWS).map((name) => swatch(document.createElement("li"), classOf(name))));
+  if (known.length > ROWS) at("chips").append(Object.assign(document.createElement("li"), { textContent: `and ${known.length - ROWS} more` }));
   at("use").hidden = active;
   at("use").setAttribute("aria-label", `Use model ${at("name").textContent} ${short(model.version)}`);
   at("use").addEventListener("click", () => activate(model.version, at("use"), at("status")));
@@ -382,7 +393,7 @@ function score(name, { n, accuracy, macro_f1, ece }, low) {
   const at = (key) => part(row, key);
   const place = (value) => `${(100 * (value - low)) / (1 - low)}%`;
   const f1 = macro_f1?.value ?? macro_f1;
-  at("name").textContent = `${name[0].toUpperCase()}${name.slice(1)}, ${plural(n, "tile")}`;
+  at("name").textContent = `${name[0].toUpperCase()}${name.slice(1)}, ${plural(n, facts.words.one ?? "tile")}`;
   at("value").textContent = `${percent(accuracy.value, 2)} right`;
   at("from").textContent = percent(low);
   at("interval").textContent = `95 % interval ${percent(accuracy.low, 2)} to ${percent(accuracy.high, 2)}`;
@@ -411,7 +422,7 @@ async function activate(version, button, status) {
 
 // ---- status
 
-const DRIFT = { labels: "Kinds of land", confidence: "How sure it is", brightness: "How bright" };
+const DRIFT = { labels: "Classes", confidence: "How sure it is", brightness: "How bright" };
 const history = []; // of the last two minutes: [time, requests]
 
 async function showStatus() {
@@ -433,7 +444,10 @@ async function showStatus() {
   for (const [name, words] of Object.entries(figures)) $(`stat-${name}`).textContent = words;
   const counts = Object.entries(stats.class_counts).sort((a, b) => b[1] - a[1]);
   const most = Math.max(1, ...counts.map(([, n]) => n));
-  bars($("counts"), counts.map(([name, n]) => [classOf(name), n / most, n.toLocaleString("en")]));
+  const rows = counts.slice(0, ROWS).map(([name, n]) => [classOf(name), n / most, n.toLocaleString("en")]);
+  const rest = counts.slice(ROWS).reduce((sum, [, n]) => sum + n, 0);
+  if (counts.length > ROWS) rows.push([{ title: `${counts.length - ROWS} more classes`, colour: "" }, rest / most, rest.toLocaleString("en")]);
+  bars($("counts"), rows);
   $("counts-none").hidden = counts.some(([, n]) => n > 0);
   bars($("drift"), Object.entries(stats.drift).map(([test, far]) => {
     const [words, colour] = far == null ? ["too few yet", ""] : far < 0.1 ? [`${far.toFixed(2)} steady`, "var(--sure)"]
@@ -494,13 +508,18 @@ async function saveJournal(event) {
 const VIEWS = { classify: null, models: showModels, status: showStatus };
 const current = () => document.querySelector(".view:not([hidden])").dataset.view;
 
+function entitle() {
+  const [view, { brand, kind }] = [document.querySelector(".view:not([hidden]) h1").textContent, facts.words];
+  document.title = brand ? `${view} · ${brand} ${kind}` : view;
+}
+
 function turnTo(name) {
   if (!(name in VIEWS)) return;
   for (const view of document.querySelectorAll(".view")) view.hidden = view.dataset.view !== name;
   for (const link of document.querySelectorAll("nav a"))
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
-  document.title = `${document.querySelector(`[data-view="${name}"] h1`).textContent} · EuroSAT land cover`;
+  entitle();
   VIEWS[name]?.().catch((problem) => ($(`${name}-note`).textContent = problem.message));
 }
 
