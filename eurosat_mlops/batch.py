@@ -144,16 +144,26 @@ def class_weights(
 
 
 # %% ../nbs/12_batch.ipynb #free-memory
+def _group_limits() -> Iterator[int]:
+    "Bytes that the control groups of this process may fill; version 1 and 2, as containers set them."
+    with suppress(OSError):  # Linux alone has them
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            kind, path = line.split(":", 2)[1:]
+            home, name = ("", "memory.max") if not kind else ("memory", "memory.limit_in_bytes")
+            for folder in (f"/sys/fs/cgroup/{home}{path}", f"/sys/fs/cgroup/{home}"):
+                with suppress(OSError, ValueError):  # no limit is the word "max"
+                    yield int(Path(folder, name).read_text())
+
+
 def free_memory(
     device: torch.device | str,
 ) -> int:  # bytes
     "What could be filled with tiles: a GPU's free memory, else that of the machine or of its container."
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no limit is the word "max"
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
+    filled = psutil.Process().memory_info()
+    own = filled.rss - getattr(filled, "shared", 0)  # pages of files can be let go
+    return max(0, min(min(_group_limits(), default=1 << 62) - own, int(psutil.virtual_memory().available)))
 
 
 # %% ../nbs/12_batch.ipynb #make-loaders

@@ -246,6 +246,10 @@ def summarize_report(
 
 
 # %% ../nbs/18_images.ipynb #open-pack
+def _place(source: Path, cache: Path, size: int) -> Path:
+    return cache / hashlib.sha256(f"{source.resolve()} {size}".encode()).hexdigest()[:16]
+
+
 def _kept(folder: Path, state: str) -> dict[str, Any] | None:
     "The index of a folder that `pack_pictures` made, if it is whole and its source is still in that state."
     try:
@@ -258,9 +262,11 @@ def _kept(folder: Path, state: str) -> dict[str, Any] | None:
 
 def _packed(source: Path, cache: Path, size: int, workers: int) -> tuple[np.ndarray, dict[str, Any]]:
     "The tiles and the index of a source, from the cache if the source has not changed since."
-    folder = cache / hashlib.sha256(f"{source.resolve()} {size}".encode()).hexdigest()[:16]
+    native, folder = (_place(source, cache, side) for side in (0, size))
     with locked(cache), open_pictures(source) as pictures:
-        if (index := _kept(folder, pictures.state)) is None:
+        if (index := _kept(native, pictures.state)) is not None and size in (0, index["size"]):
+            folder = native
+        elif (index := _kept(folder, pictures.state)) is None:
             for left in cache.glob(f".{folder.name}.*"):  # by a process that was killed; nobody else is here now
                 shutil.rmtree(left)
             with atomic_path(folder) as tmp:

@@ -237,7 +237,7 @@ def describe_run(
     return {
         "classes": list(tileset.classes),
         "contract": contract_to_dict(tileset.contract),
-        "config": asdict(config) | {"out": ""},
+        "config": asdict(config) | {"data": tileset.name, "out": ""},  # a bundle carries no path
         "data": describe_data(tileset),
         "licence": {
             "weights": known.get("license") or own if config.weights == "pretrained" else own,

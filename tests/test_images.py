@@ -175,6 +175,8 @@ def test_what_was_read_is_kept_and_read_again_only_when_it_changes(folder, tmp_p
     Image.new("RGB", (32, 32), (9, 99, 200)).save(folder / "River" / "new.png")
     again = read_pictures(folder, cache)
     assert len(again.names) == len(first.names) + 1 and len(list(cache.glob("*/tiles.u8"))) == 1
+    assert read_pictures(folder, cache, size=32).digest == again.digest  # their own size, by its number
+    assert len(list(cache.glob("*/tiles.u8"))) == 1
     assert read_pictures(folder, cache, size=16).tiles.shape[1:] == (16, 16, 3)
 
 
