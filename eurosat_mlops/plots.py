@@ -190,7 +190,7 @@ def plot_band_statistics(
     classes: Sequence[str],
 ) -> Figure:
     "Mean brightness of the tiles of each class by band: median and middle 80 %, the darkest `MANY` classes first."
-    bright = tiles.mean(axis=(1, 2))
+    bright = np.asarray(tiles).mean(axis=(1, 2))
     groups = [bright[labels == k] for k in range(len(classes))]
     rank = [group.mean() if len(group) else np.inf for group in groups]
     order = [k for k in np.argsort(rank, kind="stable") if len(groups[k])]
