@@ -28,8 +28,9 @@ CIFAKE_COPIES = {("test/REAL/1200.jpg", "train/REAL/0367.jpg")}
 
 def read_all(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
     with open_source(path) as (members, read):
-        images = [name for name in members if name.endswith(".jpg")]
-        return np.stack([decode_image(read(name), size, name) for name in images]), images
+        images = [member for member in members if member.name.endswith(".jpg")]
+        tiles = np.stack([decode_image(read(member), size, member.name) for member in images])
+        return tiles, [member.name for member in images]
 
 
 @pytest.fixture(scope="module")
