@@ -131,7 +131,8 @@ def find_source(
     "Where the pictures lie, once they are here; a relative path counts from the project's root."
     downloads = settings.data_dir / "downloads"
     if data.startswith(_OF_HUBS):
-        return fetch_hub(data, downloads)
+        with locked(downloads):
+            return fetch_hub(data, downloads)
     if "://" not in data:
         return settings.root / Path(data).expanduser()
     name = PurePosixPath(urlsplit(data).path).name or "images"
