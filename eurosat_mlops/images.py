@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .bands import IMAGE_RGB, InputContract
 from .core import EurosatError, atomic_path, log, read_json, write_json
-from .data import PARTS, TileSet, at_once, content_digest, decode_image, stratified_split
+from .data import IMAGE_FORMATS, PARTS, TileSet, at_once, content_digest, decode_image, stratified_split
 from .duplicates import group_rows, near_duplicates, thumbnails
 from .fetch import locked
 from .sources import Pictures, open_pictures
@@ -40,7 +40,7 @@ def native_size(
     sides = []
     for row in pictures.order[:: max(1, len(pictures.order) // sample)]:
         try:
-            with Image.open(io.BytesIO(pictures.read(row))) as image:
+            with Image.open(io.BytesIO(pictures.read(row)), formats=IMAGE_FORMATS) as image:
                 sides.append(min(image.size))
         except Exception:  # noqa: S112  what cannot be read is listed when all are read
             continue
@@ -64,7 +64,7 @@ def _decode(data: bytes | EurosatError, size: int, name: str) -> _Decoded | Euro
         if isinstance(data, EurosatError):
             raise data
         tile = decode_image(data, size, name)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return _Decoded(tile, hashlib.sha256(data).hexdigest(), f"{image.format} {image.mode}", image.size)
     except EurosatError as error:
         return error

@@ -344,6 +344,7 @@ def test_a_busy_service_is_asked_again_later(visit: Callable[..., Visit], bundle
         here.page.set_input_files("#files", [picture(golden(service)[0][0])])
         here.page.wait_for_selector("text=/next try in \\d+ s/")
         here.page.wait_for_selector("#cards > [data-state=sure], #cards > [data-state=doubt]")
+        assert here.part("name").inner_text() in map(class_title, service.bundle.classes)
 
 
 def test_a_service_with_keys_for_predictions_asks_once(
@@ -357,6 +358,7 @@ def test_a_service_with_keys_for_predictions_asks_once(
         here.page.keyboard.press("Enter")
         for k in range(3):
             here.page.wait_for_selector(f"#cards > li:nth-child({k + 1}):is([data-state=sure], [data-state=doubt])")
+        assert here.page.locator("#cards > li").count() == 3 and not here.page.locator("#key").is_visible()
 
 
 @pytest.mark.parametrize("width", [320, 360, 768])
