@@ -15,6 +15,7 @@ __all__ = [
     "write_json",
     "read_json",
     "sha256_file",
+    "locked",
     "redact",
     "JsonLines",
     "log_to",
@@ -37,6 +38,7 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ import time
 from collections.abc import Iterator
 from configparser import ConfigParser
 from configparser import Error as ConfigError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -196,6 +198,16 @@ def sha256_file(path: Path | str) -> str:
     "SHA-256 of a file's bytes, as 64 hex digits."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# %% ../nbs/00_core.ipynb #locked
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    "Hold the lock of a folder; another process waits for it."
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(folder / ".lock", timeout=3600, isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 # %% ../nbs/00_core.ipynb #redact

@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from .bands import EUROSAT_RGB
-from .core import EurosatError, Settings, log, redact
+from .core import EurosatError, Settings, locked, log, redact
 from .data import EUROSAT_SPLITS, IMAGE_SUFFIXES, TileSet
-from .fetch import ARCHIVE, FetchError, download, load_eurosat, locked
+from .fetch import ARCHIVE, FetchError, download, load_eurosat
 from .images import read_pictures
 from .synthetic import make_synthetic
 

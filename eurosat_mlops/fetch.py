@@ -15,7 +15,6 @@ __all__ = [
     "write_canonical_zip",
     "pack_tiles",
     "open_packed",
-    "locked",
     "fetch_eurosat",
     "load_eurosat",
 ]
@@ -23,15 +22,13 @@ __all__ = [
 # %% ../nbs/14_fetch.ipynb #imports
 import hashlib
 import os
-import sqlite3
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -41,7 +38,7 @@ from tqdm import tqdm
 
 from .archives import open_source
 from .bands import EUROSAT_RGB
-from .core import EurosatError, Settings, atomic_path, log, read_json, sha256_file, write_json
+from .core import EurosatError, Settings, atomic_path, locked, log, read_json, sha256_file, write_json
 from eurosat_mlops.data import (
     EUROSAT_CLASSES,
     FileList,
@@ -266,16 +263,6 @@ def open_packed(
         return np.load(cache / "tiles.npy", mmap_mode="r")
     except (EurosatError, OSError, ValueError):
         return None
-
-
-# %% ../nbs/14_fetch.ipynb #locked
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    "Hold the lock of a folder; another process waits for it."
-    folder.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / ".lock", timeout=3600, isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
-        yield
 
 
 # %% ../nbs/14_fetch.ipynb #sources-user

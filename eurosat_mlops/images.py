@@ -22,10 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .bands import IMAGE_RGB, InputContract
-from .core import EurosatError, atomic_path, log, read_json, write_json
+from .core import EurosatError, atomic_path, locked, log, read_json, write_json
 from .data import IMAGE_FORMATS, PARTS, TileSet, at_once, content_digest, decode_image, stratified_split
 from .duplicates import group_rows, near_duplicates, thumbnails
-from .fetch import locked
 from .sources import Pictures, open_pictures
 
 # %% ../nbs/18_images.ipynb #native-size

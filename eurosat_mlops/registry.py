@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, read_bundle, verify_bundle
-from .core import EurosatError, Settings, atomic_path
+from .core import EurosatError, Settings, atomic_path, locked
 from .store import Store
 
 # %% ../nbs/32_registry.ipynb #layout
@@ -259,21 +259,25 @@ def _listed(registry: Registry) -> str:
     return ", ".join(named + [id[:12] for id in ids[:20]] + ["..."] * (len(ids) > 20)) or "nothing yet"
 
 
+def _whole(folder: Path, id: str) -> bool:
+    with suppress(EurosatError):
+        return verify_bundle(folder) == id
+    return False
+
+
 def _cached(registry: Registry, id: str) -> Path:
     "A copy of a version in the cache, whole and verified."
     folder = registry.cache / id
-    with suppress(EurosatError):
-        if verify_bundle(folder) == id:
-            return folder
+    if _whole(folder, id):
+        return folder
     hashes = {**registry.hashes(id), MANIFEST: id}
-    try:
+    with locked(registry.cache):
+        if _whole(folder, id):  # another process put it there first
+            return folder
         with atomic_path(folder) as begun:
             begun.mkdir()
             for name, digest in hashes.items():
                 (begun / name).write_bytes(_content(registry.store, id, name, digest))
-    except OSError:  # another process put it there first
-        if verify_bundle(folder) != id:
-            raise
     return folder
 
 

@@ -1,6 +1,7 @@
 """`eurosat load` as a person calls it: real clients against the real service."""
 
 import http.server
+import itertools
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ def broken() -> Iterator[str]:
     "A service that says it is ready, refuses every third request, and fails at all others."
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        count = 0
+        count = itertools.count()  # its next is one step, whatever the threads do
 
         def answer(self, status: int) -> None:
             self.send_response(status)
@@ -57,9 +58,8 @@ def broken() -> Iterator[str]:
             self.answer(200)
 
         def do_POST(self) -> None:
-            Handler.count += 1
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer(500 if Handler.count % 3 else 429)
+            self.answer(500 if next(self.count) % 3 else 429)
 
         def log_message(self, *_: object) -> None:
             pass
