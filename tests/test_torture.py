@@ -4,7 +4,6 @@ import http.client
 import io
 import re
 import struct
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, PngImagePlugin
 from test_serve import server
@@ -202,7 +202,7 @@ class Report:
     "What came of it."
 
     statuses: Counter[int] = field(default_factory=Counter)
-    slowest: list[tuple[float, str]] = field(default_factory=list)  # ms, and what it was
+    slowest: list[tuple[float, str]] = field(default_factory=list)  # ms of the processor, and what it was
     rest_mb: float = 0  # of the server's memory, before
     peak_mb: float = 0
 
@@ -216,16 +216,19 @@ def memory(process: int, name: str) -> float:
 def torture(
     port: int, process: int, tiles: np.ndarray, count: int, seed: int = 0, names: tuple[str, ...] = tuple(FORGES)
 ) -> Report:
-    "Send so many broken images, one after the other; an answer that took long is asked for twice more, others rest."
+    "Send so many broken images, one after the other; an answer that took long is asked for again."
     rng, report = np.random.default_rng(seed), Report(rest_mb=memory(process, "VmRSS"))
-    line = http.client.HTTPConnection("127.0.0.1", port)
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def spent() -> float:  # ms of the processor; time on the clock is also what else the machine does
+        return 1000 * sum(psutil.Process(process).cpu_times()[:2])
 
     def ask(data: bytes, resize: bool) -> tuple[float, int]:
-        began = time.perf_counter()
+        began = spent()
         line.request("POST", f"/predict?resize={resize}", data)
         answer = line.getresponse()
         answer.read()
-        return 1000 * (time.perf_counter() - began), answer.status
+        return spent() - began, answer.status
 
     for _ in tqdm(range(count), "broken images", delay=2):
         name = names[rng.integers(len(names))]
