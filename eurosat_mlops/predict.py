@@ -18,7 +18,7 @@ from .bands import InputContract, check_tiles
 from .bundle import MANIFEST, Bundle, graph_name, read_bundle
 from .core import EurosatError, Settings, load_settings
 from .data import MAX_BYTES, decode_image
-from .novelty import familiar_distance
+from .reference import familiar_distance
 from .session import answer, open_session
 
 

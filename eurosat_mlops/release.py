@@ -42,13 +42,14 @@ from eurosat_mlops.export import (
     prune_network,
     quantize_graph,
 )
-from .learner import config_from, fit, make_learner, predict_logits
+from .learner import config_from, make_learner
 from .metrics import softmax
 from .models import TileClassifier
 from .plots import BLUE, QUIET, Picture, new_picture, style_axes
 from .predict import load_bundle, read_tile
 from .runs import load_classifier, open_run, training_sample
 from .session import answer, measure_latency, open_session
+from .training import fit, predict_logits
 
 
 # %% ../nbs/39_release.ipynb #candidate

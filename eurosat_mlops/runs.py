@@ -56,15 +56,15 @@ from eurosat_mlops.core import (
 from .data import TileRows, TileSet, index_table
 from .datasets import load_tiles
 from .export import export_graph, measure_parity, parity_fault
-from .learner import TrainConfig, config_from, fit, make_learner, predict_logits, resolve, settle
+from .learner import TrainConfig, config_from, make_learner, resolve, settle
 from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
-from .novelty import familiar_distance
 from .plots import Picture
-from .reference import AnsweredTiles, Reference, describe_validation
+from .reference import AnsweredTiles, Reference, describe_validation, familiar_distance
 from .session import answer, open_session
 from .track import Tracker, resolve_mode
+from .training import fit, predict_logits
 
 # %% ../nbs/35_runs.ipynb #describe-data
 SYNTHETIC_NOTE = "built-in synthetic tiles, not satellite images; figures are for trying out only"

@@ -15,13 +15,12 @@ from eurosat_mlops.learner import (
     TrainConfig,
     config_from,
     config_from_notebook,
-    fit,
     make_learner,
-    predict_logits,
     resolve,
     split_decay,
 )
 from eurosat_mlops.synthetic import make_synthetic
+from eurosat_mlops.training import fit, predict_logits
 
 QUICK = {"epochs": 2, "bs": 32, "ema": 0.9, "device": "cpu"}
 

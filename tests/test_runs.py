@@ -13,9 +13,10 @@ import pytest
 from eurosat_mlops.bundle import read_bundle
 from eurosat_mlops.core import EurosatError, Settings, find_run, read_json, read_status
 from eurosat_mlops.datasets import load_tiles
-from eurosat_mlops.learner import TrainConfig, predict_logits
+from eurosat_mlops.learner import TrainConfig
 from eurosat_mlops.runs import SYNTHETIC_NOTE, check_unseen, evaluate, load_classifier, train
 from eurosat_mlops.synthetic import make_synthetic
+from eurosat_mlops.training import predict_logits
 
 QUICK = {"data": "synthetic", "epochs": 2, "bs": 64, "ema": 0.9, "wandb": "off", "device": "cpu"}
 

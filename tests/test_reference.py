@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eurosat_mlops.core import EurosatError
-from eurosat_mlops.novelty import coverage_limit, familiar_distance, fit_clouds
+from eurosat_mlops.reference import coverage_limit, familiar_distance, fit_clouds
 
 RNG = np.random.default_rng(0)
 
