@@ -127,6 +127,10 @@ def report(
         a = m["accuracy"]
         line = f"accuracy {100 * a['value']:.2f} % (95 % interval {100 * a['low']:.2f} to {100 * a['high']:.2f})"
         print(f"{name:<17} {line}, calibration error {m['ece']:.4f}")
+        if harmed := m.get("robustness"):
+            e = harmed["mean_corruption_error"]
+            spread = f"{100 * e['value']:.1f} % (95 % interval {100 * e['low']:.1f} to {100 * e['high']:.1f})"
+            print(f"{'':<17} mean corruption error {spread} of {harmed['tiles']:,} tiles")
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     print(f"notebook          {shown / f'{notebook}.ipynb'}\nfigures           {shown / 'figures'}")
     print(f"metrics           {shown / 'metrics.json'}\nbundle            {shown / 'bundle'}")
@@ -140,12 +144,15 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     "Give `evaluate` its flags."
     parser.add_argument("--run", default="latest", help="a run's folder or its name under runs/ (default: latest)")
     parser.add_argument("--split", default="", help="whose test part is meant (default: the one trained on)")
+    text = "test tiles that are harmed in 60 ways; 0 leaves it out (default: 300)"
+    parser.add_argument("--corruptions", type=int, metavar="TILES", help=text)
 
 
 def run_evaluate(given: argparse.Namespace) -> int:
     "Run evaluate.ipynb on a finished run."
     folder = find_run(load_settings(), given.run)
-    run_notebook("evaluate", folder, {"run": str(folder), "split": given.split})
+    chosen = {} if given.corruptions is None else {"corruptions": given.corruptions}
+    run_notebook("evaluate", folder, {"run": str(folder), "split": given.split} | chosen)
     return report(folder, "evaluate")
 
 

@@ -40,11 +40,13 @@ def test_train_and_evaluate_leave_notebooks_figures_and_metrics(place, capfd):
     assert main(["train", *SMALL, "--lr", "1e-3", "--name", "cli"]) == 0
     (run,) = place.glob("runs/*-cli")
     assert read_json(run / "config.json")["lr"] == 0.001 and (place / "runs" / "latest").resolve() == run
-    assert main(["evaluate"]) == 0
+    assert main(["evaluate", "--corruptions", "8"]) == 0
     assert {p.name for p in run.glob("*.ipynb")} == {"train.ipynb", "evaluate.ipynb"}
     figures = {p.name for p in (run / "figures").iterdir()}
-    assert {"history.png", "confusion-test.png", "reliability-test.png"} <= figures
+    assert {"history.png", "confusion-test.png", "reliability-test.png", "robustness-test.png"} <= figures
     printed = capfd.readouterr().out
+    harmed = read_json(run / "metrics.json")["test"]["stratified"]["robustness"]
+    assert harmed["tiles"] == 8 and len(harmed["kinds"]) == 12 and "mean corruption error" in printed
     assert "test, stratified" in printed and "metrics.json" in printed and "NOTE" in printed and "synthetic" in printed
 
 
