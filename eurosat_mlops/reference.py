@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "MAX_GOLDEN",
+    "COVERAGE",
     "coverage_limit",
     "fit_clouds",
     "familiar_distance",
@@ -133,11 +134,14 @@ def _sample(answered: AnsweredTiles, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 # %% ../nbs/29_reference.ipynb #describe-validation
+COVERAGE = 0.95
+
+
 def describe_validation(
     validation: AnsweredTiles,
     train_embedding: np.ndarray,  # float32 (M, D), of training tiles
     train_labels: np.ndarray,  # int (M,), every class among them
-    coverage: float = 0.95,  # share of validation tiles that are not called uncertain
+    coverage: float = COVERAGE,  # share of validation tiles that are not called uncertain
     familiar: float = 0.99,  # share of them that are not called unfamiliar
     sample: int = 2000,  # rows that are kept at most
     seed: int = 0,

@@ -44,6 +44,11 @@ def test_train_and_evaluate_leave_notebooks_figures_and_metrics(place, capfd):
     assert {p.name for p in run.glob("*.ipynb")} == {"train.ipynb", "evaluate.ipynb"}
     figures = {p.name for p in (run / "figures").iterdir()}
     assert {"history.png", "confusion-test.png", "reliability-test.png", "robustness-test.png"} <= figures
+    assert {"coverage-test.png", "map-test.png"} <= figures
+    trust = read_json(run / "metrics.json")["trust"]["stratified"]
+    assert trust["selective"]["stated_coverage"] == 0.95 and trust["calibration"][0]["bins"] == 5
+    listed = (run / "suspicious_labels.csv").read_text(encoding="utf-8").splitlines()
+    assert len(listed) - 1 == sum(part["n"] for part in trust["flagged"].values())
     printed = capfd.readouterr().out
     harmed = read_json(run / "metrics.json")["test"]["stratified"]["robustness"]
     assert harmed["tiles"] == 8 and len(harmed["kinds"]) == 12 and "mean corruption error" in printed
