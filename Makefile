@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate release serve load chaos bench profile test prep export lint docs results lab clean
+.PHONY: help setup train sweep evaluate release serve load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup ## Train on EuroSAT (synthetic tiles where it cannot be had), then evaluate; ARGS="--lr 1e-3" changes a parameter
 	$(BIN)/eurosat train $(ARGS)
 	$(BIN)/eurosat evaluate
+
+sweep: setup ## Search for better parameters; the same again goes on; ARGS="--trials 40 --workers 2 -p epochs=4"
+	$(BIN)/eurosat sweep $(ARGS)
 
 evaluate: setup ## Evaluate the latest run on its test part; ARGS="--run NAME" for another
 	$(BIN)/eurosat evaluate $(ARGS)

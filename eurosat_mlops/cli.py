@@ -30,7 +30,7 @@ def diagnose() -> list[tuple[str, bool | None, str]]:
         ("project", True, str(settings.root)),
         ("disk", free > 2, f"{free:.0f} GB free, a run with EuroSAT needs 2"),
     ]
-    for package in ("torch", "torchvision", "fastai", "timm", "papermill", "wandb"):
+    for package in ("torch", "torchvision", "fastai", "timm", "papermill", "optuna", "wandb"):
         rows.append((package, *_installed(package)))
     return rows + _machine() + _data(settings) + _tracking(settings)
 
@@ -88,6 +88,7 @@ def run_doctor(_: argparse.Namespace) -> int:
 VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and run_<verb>(given)
     "data": ("fetch and verify EuroSAT, look through pictures of your own", "training_verbs"),
     "train": ("train a model: runs train.ipynb", "training_verbs"),
+    "sweep": ("search for better parameters: runs sweep.ipynb", "training_verbs"),
     "evaluate": ("measure a run on its test part: runs evaluate.ipynb", "training_verbs"),
     "release": ("make a run a release candidate: runs release.ipynb", "training_verbs"),
     "registry": ("keep, promote and look after released models", "registry_verbs"),

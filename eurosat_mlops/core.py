@@ -302,7 +302,7 @@ def new_run(
 # %% ../nbs/00_core.ipynb #run-status
 def write_status(
     run: Path,
-    state: str,  # running, finished or failed
+    state: str,  # running, finished, failed or pruned
     reason: str = "",  # for a failed run: what a person should read
 ) -> None:
     "Record the state of a run in its status.json."
