@@ -203,6 +203,7 @@ def make_loaders(
     symmetry: str = "square",  # see `augment_tiles`
     sampling: bool = False,  # draw tiles so that each class comes equally often
     memory: int = 0,  # bytes that tiles may take; 0 is half of `free_memory`
+    colours: float = 0.0,  # the most that a tile takes on of another's light, see `exchange_colours`; 0 to 1
 ) -> DataLoaders:
     "fastai DataLoaders over the training part (shuffled, augmented) and the validation part (as it is)."
     (train, labels), (valid, valid_labels) = (tileset.part(p) for p in ("train", "val"))
@@ -211,7 +212,7 @@ def make_loaders(
     if not 0 <= shift < train.shape[1]:
         raise EurosatError(f"shift: got {shift}, expected 0 to {train.shape[1] - 1} px")
     weights = torch.from_numpy(class_weights(labels, len(tileset.classes))[labels]) if sampling else None
-    augment = partial(augment_tiles, shift=shift, symmetry=symmetry)
+    augment = partial(_augment, shift=shift, symmetry=symmetry, colours=colours)
     streamed = _streams(train, valid, memory or free_memory(device) // 2)
     tiles, others = (part if streamed else torch.from_numpy(part[:]) for part in (train, valid))
     larger = at_once(max(bs, 256), train.shape[1])
@@ -219,6 +220,11 @@ def make_loaders(
     return DataLoaders(
         training, TileLoader(others, torch.from_numpy(valid_labels), larger), device=torch.device(device)
     )
+
+
+def _augment(tiles: Tensor, generator: torch.Generator, shift: int, symmetry: str, colours: float) -> Tensor:
+    tiles = augment_tiles(tiles, generator, shift, symmetry)
+    return exchange_colours(tiles, generator, colours) if colours else tiles
 
 
 def _streams(train: TileRows, valid: TileRows, memory: int) -> bool:

@@ -33,6 +33,7 @@ from fastai.learner import Learner, Recorder
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
+from timm.optim import Muon
 from torch import nn
 
 from .batch import SYMMETRIES, class_weights, make_loaders
@@ -71,16 +72,32 @@ class TrainConfig:
     split: str = one_of("random", "EuroSAT's official split; others bring or draw one", "random", "spatial")
     arch: str = parameter("tilenet_s", "network", "tilenet_s or any timm model name", lambda v: bool(check_arch(v)))
     weights: str = parameter("none", "where to start", "none, pretrained or a file of weights", bool)
+    input_size: int = parameter(
+        0,
+        "side at which the network sees a tile, px, 0 for its own",
+        "0, or 16 to 512",
+        lambda v: v == 0 or 16 <= v <= 512,
+    )
+    start_size: int = parameter(
+        0,
+        "side at which it sees tiles at first, px, 0 for no growth",
+        "0, or 16 to 512",
+        lambda v: v == 0 or 16 <= v <= 512,
+    )
     size: int = parameter(
         0, "side of a tile, px, 0 for the pictures' own", "0, or 16 to 512", lambda v: v == 0 or 16 <= v <= 512
     )
     epochs: int = parameter(16, "passes over the training part", "1 to 10000", lambda v: 1 <= v <= 10000)
+    optimizer: str = one_of("adamw", "what moves the weights", "adamw", "muon")
     lr: float = parameter(0.01, "highest learning rate", "a number above 0 and at most 10", lambda v: 0 < v <= 10)
     bs: int = parameter(64, "tiles in a batch", "2 to 65536", lambda v: 2 <= v <= 65536)
     wd: float = parameter(0.05, "weight decay", "a number from 0 to 10", lambda v: 0 <= v <= 10)
     label_smoothing: float = parameter(0.1, "label smoothing", "a number from 0 to below 1", lambda v: 0 <= v < 1)
     shift: int = parameter(4, "largest shift in augmentation, px", "0 to 15", lambda v: 0 <= v <= 15)
     symmetry: str = one_of("auto", "how tiles are turned; auto is square, for pictures mirror", "auto", *SYMMETRIES)
+    colours: float = parameter(
+        0.0, "share of another tile's light that a tile takes on", "a number from 0 to 1", lambda v: 0 <= v <= 1
+    )
     balance: str = one_of("auto", "help for rare classes; auto is sampling if there are some", "auto", *BALANCES)
     ema: float = parameter(
         0.99, "decay of averaged weights, 0 for none", "a number from 0 to below 1", lambda v: 0 <= v < 1
@@ -174,6 +191,11 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
     counts = np.bincount(tileset.labels[tileset.parts["train"]])
     rare = counts.max() > RARE * counts[counts > 0].min()
     symmetry = "mirror" if tileset.contract.level == "image" else "square"
+    side = config.input_size or tileset.contract.tile_size
+    if side < tileset.contract.tile_size:
+        raise EurosatError(f"input_size: got {side}, but tiles have {tileset.contract.tile_size} px; see size instead")
+    if config.start_size >= side:
+        raise EurosatError(f"start_size: got {config.start_size}, but the network sees {side} px; use less, or 0")
     return replace(
         config,
         size=tileset.contract.tile_size,
@@ -183,10 +205,26 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
 
 
 # %% ../nbs/24_learner.ipynb #split-decay
-def split_decay(model: nn.Module) -> list[list[nn.Parameter]]:
-    "Two groups of the trainable parameters: those that decay (matrices, kernels) and those that do not."
+def split_decay(model: Any) -> list[list[nn.Parameter]]:
+    "The trainable parameters in three groups: matrices and kernels, those of the classifier, and what never decays."
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [[p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]]
+    last = {id(p) for p in model.trunk.get_classifier().parameters()}
+    matrices = [p for p in trainable if p.ndim > 1]
+    inner, outer = ([p for p in matrices if (id(p) in last) is wanted] for wanted in (False, True))
+    return [inner, outer, [p for p in trainable if p.ndim <= 1]]
+
+
+def _muon(groups: list[dict[str, Any]]) -> Muon:
+    "Muon for the first group of `split_decay`, AdamW at a tenth of its rate for the others."
+    for group in groups[1:]:
+        group["use_fallback"] = True
+    return Muon(groups, nesterov=True, fallback_lr_scale=0.1)
+
+
+def _optimizer(config: TrainConfig) -> Callable[..., OptimWrapper]:
+    if config.optimizer == "muon":
+        return partial(OptimWrapper, opt=_muon)
+    return partial(OptimWrapper, opt=torch.optim.AdamW, fused=config.device != "mps")
 
 
 # %% ../nbs/24_learner.ipynb #make-learner
@@ -198,8 +236,10 @@ def make_learner(
     config, k = settle(resolve(config), tileset), len(tileset.classes)
     set_seed(config.seed, reproducible=True)
     sampling, memory = config.balance == "sampling", config.memory * 1_000_000
-    dls = make_loaders(tileset, config.bs, config.device, config.shift, config.seed, config.symmetry, sampling, memory)
-    model = build_model(config.arch, k, *channel_statistics(dls.train.tiles), config.weights, config.size)
+    where = tileset, config.bs, config.device
+    dls = make_loaders(*where, config.shift, config.seed, config.symmetry, sampling, memory, config.colours)
+    pixels = channel_statistics(dls.train.tiles)
+    model = build_model(config.arch, k, *pixels, config.weights, config.size, config.input_size)
     model.precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
     weights = None
     if config.balance == "loss":
@@ -208,7 +248,7 @@ def make_learner(
         dls,
         model.to(config.device),
         loss_func=nn.CrossEntropyLoss(weights, label_smoothing=config.label_smoothing),
-        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=config.device != "mps"),
+        opt_func=_optimizer(config),
         splitter=split_decay,
         metrics=accuracy,
         default_cbs=False,  # fastai would add its own progress bar

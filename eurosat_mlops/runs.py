@@ -413,6 +413,8 @@ def load_classifier(
     "The network of a verified bundle, on the CPU, in evaluation mode: to train further, or to compare with."
     config, channels = bundle.info["config"], len(bundle.contract.bands)
     blank = (0.0,) * channels, (1.0,) * channels  # the stored weights bring their own normalisation
-    model = build_model(config["arch"], len(bundle.classes), *blank, size=config["size"])
+    model = build_model(
+        config["arch"], len(bundle.classes), *blank, size=config["size"], side=config.get("input_size", 0)
+    )
     model.load_state_dict(from_safetensors(bundle.read("weights.safetensors")))
     return model.eval()
