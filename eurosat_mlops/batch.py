@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 from fastai.data.core import DataLoaders
+from fastai.torch_core import to_detach
 from torch import Tensor
 
 from .core import EurosatError, log
@@ -115,6 +116,13 @@ def _read_batches(tiles: Tensor | TileRows, batches: Sequence[Tensor], device: t
     return read_ahead(lambda rows: torch.from_numpy(tiles[rows.cpu().numpy()]).to(device), iter(batches))
 
 
+# %% ../nbs/12_batch.ipynb #own-rows
+def _own(n: int, share: tuple[int, int]) -> slice:
+    "Which of n rows of a batch are this process's; the rows of all processes are the batch, in its order."
+    rank, of = share
+    return slice(n * rank // of, n * (rank + 1) // of)
+
+
 # %% ../nbs/12_batch.ipynb #tile-loader
 class TileLoader:
     "Batches of (uint8 tiles (B, S, S, C), labels (B,)), as fastai's Learner takes them."
@@ -128,10 +136,12 @@ class TileLoader:
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         seed: int = 0,  # of order and augmentation
         weights: Tensor | None = None,  # float64 (N,): an epoch draws its rows by these, with replacement
+        mixes: bool = False,  # whether `augment` makes a tile of others of its batch too
     ):
         self.dataset, self.tiles, self.labels, self.weights, self.n = self, tiles, labels, weights, len(tiles)
         self.bs, self.shuffle, self.drop_last, self.augment, self.seed = bs, shuffle, shuffle, augment, seed
-        self.order = torch.Generator().manual_seed(seed)
+        self.order, self.share = torch.Generator().manual_seed(seed), (0, 1)  # this process, of so many
+        self.mixes = mixes
         self.to(labels.device)
 
     def __len__(self) -> int:
@@ -140,8 +150,21 @@ class TileLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = _epoch_rows(self.n, self.shuffle, self.weights, self.order).to(self.device)
         batches = order.split(self.bs)[: len(self)]
-        for rows, tiles in zip(batches, _read_batches(self.tiles, batches, self.device), strict=True):
-            yield (self.augment(tiles, self.draws) if self.augment else tiles), self.labels[rows]
+        own = [rows[_own(len(rows), self.share)] for rows in batches]
+        read = _read_batches(self.tiles, batches if self.mixes else own, self.device)
+        for whole, rows, tiles in zip(batches, own, read, strict=True):
+            if len(rows):  # a last batch may be too small for all to get some
+                yield self._augmented(tiles, len(whole)), self.labels[rows]
+
+    def _augmented(self, tiles: Tensor, n: int) -> Tensor:
+        "The tiles by the draws that they would get among all n of the batch."
+        if self.augment is None:
+            return tiles
+        own, whole = _own(n, self.share), tiles
+        if len(tiles) < n:
+            whole = tiles.new_zeros(n, *tiles.shape[1:])
+            whole[own] = tiles
+        return self.augment(whole, self.draws)[own]
 
     def to(self, device: torch.device | str) -> "TileLoader":
         "Move what is in memory to a device, once."
@@ -153,6 +176,10 @@ class TileLoader:
 
     def one_batch(self) -> tuple[Tensor, Tensor]:
         return next(iter(self))
+
+    def to_detach(self, values: Any, cpu: bool = True, gather: bool = True) -> Any:
+        "fastai would ask all processes after each batch; what they found is added up once, when all are through."
+        return to_detach(values, cpu, gather=False)
 
     def new(self, shuffle: bool = False, drop_last: bool = False, **_: Any) -> "TileLoader":
         "The same tiles in order and as they are; fastai asks for this before it predicts."
@@ -216,7 +243,7 @@ def make_loaders(
     streamed = _streams(train, valid, memory or free_memory(device) // 2)
     tiles, others = (part if streamed else torch.from_numpy(part[:]) for part in (train, valid))
     larger = at_once(max(bs, 256), train.shape[1])
-    training = TileLoader(tiles, torch.from_numpy(labels), bs, True, augment, seed, weights)
+    training = TileLoader(tiles, torch.from_numpy(labels), bs, True, augment, seed, weights, colours > 0)
     return DataLoaders(
         training, TileLoader(others, torch.from_numpy(valid_labels), larger), device=torch.device(device)
     )

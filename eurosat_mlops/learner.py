@@ -8,6 +8,7 @@ __all__ = [
     "RARE",
     "parameter",
     "one_of",
+    "Recipe",
     "TrainConfig",
     "config_from",
     "config_from_notebook",
@@ -21,6 +22,7 @@ __all__ = [
 # %% ../nbs/24_learner.ipynb #imports
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -36,7 +38,7 @@ from fastai.torch_core import set_seed
 from timm.optim import Muon
 from torch import nn
 
-from .batch import SYMMETRIES, class_weights, make_loaders
+from .batch import SYMMETRIES, class_weights, free_memory, make_loaders
 from .core import EurosatError
 from .data import TileSet
 from .models import build_model, channel_statistics, check_arch
@@ -58,13 +60,13 @@ def one_of(default: str, help: str, *choices: str) -> Any:
     return parameter(default, help, " or ".join(choices), lambda v: v in choices)
 
 
-# %% ../nbs/24_learner.ipynb #train-config
+# %% ../nbs/24_learner.ipynb #recipe
 BALANCES = ("none", "sampling", "loss")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    "What a training run does; every value is checked when it is made."
+class Recipe:
+    "What is learned, from what, and how."
 
     data: str = parameter(
         "auto", "tiles to train on", "auto, eurosat, synthetic, a path, a URL, hf:owner/name or kaggle:owner/name", bool
@@ -102,6 +104,13 @@ class TrainConfig:
     ema: float = parameter(
         0.99, "decay of averaged weights, 0 for none", "a number from 0 to below 1", lambda v: 0 <= v < 1
     )
+
+
+# %% ../nbs/24_learner.ipynb #train-config
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    "What a training run does; every value is checked when it is made."
+
     precision: str = one_of("auto", "auto is bf16 where the machine has it", "auto", "fp32", "bf16")
     patience: int = parameter(0, "stop after so many epochs without gain, 0 for never", "0 or more", lambda v: v >= 0)
     memory: int = parameter(
@@ -111,10 +120,18 @@ class TrainConfig:
     device: str = one_of("auto", "auto is a GPU if there is one", "auto", "cpu", "cuda", "mps")
     seed: int = parameter(0, "seed of weights, order and augmentation", "0 to 4294967295", lambda v: 0 <= v < 2**32)
     wandb: str = one_of("auto", "tracking; auto is the setting's", "auto", "online", "offline", "off")
+    processes: int = parameter(1, "processes that share each batch", "1 to 1024", lambda v: 1 <= v <= 1024)
+    checkpoint: float = parameter(
+        1.0, "minutes from one checkpoint to the next, 0 for none", "a number from 0", lambda v: v >= 0
+    )
+    limit: float = parameter(
+        0.0, "minutes of training that bring a warning, 0 for none", "a number from 0", lambda v: v >= 0
+    )
     profile: str = one_of("none", "where the time goes", "none", "simple", "torch")
     energy: str = one_of("off", "measure or estimate the energy used", "off", "auto")
     name: str = parameter("train", "readable half of the run folder's name", "a short word", bool)
     out: str = parameter("", "run folder; empty for a new one", "a folder", lambda v: True)
+    resume: str = parameter("", "go on with a run that was cut off", "its folder, or its name in runs/", lambda v: True)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -179,7 +196,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
         found = ", ".join(d for d, there in have.items() if there)
         raise EurosatError(f"device: got {device!r}, but this machine has only {found}; use device=auto")
     precision = ("bf16" if _has_bf16(device) else "fp32") if config.precision == "auto" else config.precision
-    return replace(config, device=device, precision=precision)
+    return replace(config, device=device, precision=precision, processes=_processes(config))
+
+
+def _processes(config: TrainConfig) -> int:
+    "As many as the config says, or as torchrun has started; a batch must fall into equal shares."
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = started if config.processes == 1 else config.processes
+    if processes != started and started > 1:
+        raise EurosatError(f"processes: got {processes}, but {started} were started; leave it out, or start so many")
+    if config.bs % processes:
+        raise EurosatError(f"bs: got {config.bs} for {processes} processes; use a multiple of {processes}")
+    return processes
 
 
 # %% ../nbs/24_learner.ipynb #settle
@@ -214,11 +242,11 @@ def split_decay(model: Any) -> list[list[nn.Parameter]]:
     return [inner, outer, [p for p in trainable if p.ndim <= 1]]
 
 
-def _muon(groups: list[dict[str, Any]]) -> Muon:
+def _muon(groups: list[dict[str, Any]], **hypers: Any) -> Muon:
     "Muon for the first group of `split_decay`, AdamW at a tenth of its rate for the others."
     for group in groups[1:]:
         group["use_fallback"] = True
-    return Muon(groups, nesterov=True, fallback_lr_scale=0.1)
+    return Muon(groups, nesterov=True, fallback_lr_scale=0.1, **hypers)
 
 
 def _optimizer(config: TrainConfig) -> Callable[..., OptimWrapper]:
@@ -235,8 +263,9 @@ def make_learner(
     "The fastai Learner for this config: seeded, and on its device."
     config, k = settle(resolve(config), tileset), len(tileset.classes)
     set_seed(config.seed, reproducible=True)
-    sampling, memory = config.balance == "sampling", config.memory * 1_000_000
-    where = tileset, config.bs, config.device
+    own = config.processes if config.device == "cpu" else 1  # a GPU's memory is that of one process
+    memory = (config.memory * 1_000_000 or free_memory(config.device) // 2) // own
+    where, sampling = (tileset, config.bs, config.device), config.balance == "sampling"
     dls = make_loaders(*where, config.shift, config.seed, config.symmetry, sampling, memory, config.colours)
     pixels = channel_statistics(dls.train.tiles)
     model = build_model(config.arch, k, *pixels, config.weights, config.size, config.input_size)
@@ -272,5 +301,6 @@ def plan_run(config: TrainConfig, tileset: TileSet) -> dict[str, str]:
         "rare classes": {"none": "as they come", "loss": "weigh more", "sampling": "drawn more often"}[config.balance],
         "read from": f"{where}, {megabytes:,.0f} MB",
         "network": f"{config.arch}, {sum(p.numel() for p in learner.model.parameters()):,} parameters",
-        "training": f"{config.epochs} epochs, {steps:,} batches of {config.bs}, {config.device}, {config.precision}",
+        "training": f"{config.epochs} epochs, {steps:,} batches of {config.bs}, {config.device}, {config.precision}"
+        + (f", {config.processes} processes" if config.processes > 1 else ""),
     }

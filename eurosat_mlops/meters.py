@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = [
     "PROFILES",
+    "WARM_UP",
+    "ENOUGH",
     "PhaseTimer",
     "top_operators",
     "OperatorTrace",
     "peak_memory_mb",
     "profile_callbacks",
+    "in_words",
+    "TimeLeft",
     "Energy",
     "measure_energy",
 ]
@@ -18,6 +22,7 @@ __all__ = [
 import io
 import logging
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -191,6 +196,63 @@ def profile_callbacks(
     if kind not in PROFILES:
         raise EurosatError(f"profile: got {kind!r}, expected one of {', '.join(PROFILES)}")
     return {"none": [], "simple": [PhaseTimer(run)], "torch": [OperatorTrace(run)]}[kind]
+
+
+# %% ../nbs/26_meters.ipynb #in-words
+def in_words(
+    seconds: float,
+) -> str:
+    "A stretch of time as people say it."
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# %% ../nbs/26_meters.ipynb #time-left
+WARM_UP, ENOUGH = 5, 20  # batches that are not counted, and that are enough for an estimate
+
+
+class TimeLeft(Callback):
+    "Estimates how long training will still take, and warns once if it will be longer than was meant."
+
+    order = 55  # before the epoch is logged
+
+    def __init__(
+        self,
+        limit: float = 0.0,  # minutes of training in all; 0 for none
+    ) -> None:
+        self.limit, self.before = limit, 0.0
+
+    def before_fit(self) -> None:
+        self.took: list[float] = []
+        self.began, self.batches, self.left = time.perf_counter(), 0, 0.0
+
+    def before_epoch(self) -> None:
+        self.started = time.perf_counter()
+
+    def after_batch(self) -> None:
+        if not self.training or self.took:
+            return
+        self.batches, now = self.batches + 1, time.perf_counter()
+        if self.batches == WARM_UP:
+            self.warm = now
+        if self.batches == ENOUGH:
+            forward = len(self.dls.valid) * self.dls.valid.bs / self.dls.train.bs / 3  # a third of a training batch
+            batches = (self.n_epoch - self.epoch) * (len(self.dls.train) + forward) - ENOUGH
+            self._tell(batches * (now - self.warm) / (ENOUGH - WARM_UP))
+            log.info(f"about {in_words(self.left)} left")
+
+    def after_epoch(self) -> None:
+        self.took.append(time.perf_counter() - self.started)
+        self._tell(statistics.median(self.took[-5:]) * (self.n_epoch - self.epoch - 1))
+
+    def _tell(self, left: float) -> None:
+        self.left, total = left, self.before + time.perf_counter() - self.began + left
+        if self.limit and total > 60 * self.limit:
+            more = f"more than the {self.limit:g} min that were meant for it"
+            log.warning(f"limit: training will take about {in_words(total)}, {more}; fewer epochs would fit")
+            self.limit = 0.0
 
 
 # %% ../nbs/26_meters.ipynb #energy-meters

@@ -35,8 +35,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
+from .bands import CLASS_WORDS, class_colours, class_title
 from .bundle import Bundle
-from .classes import CLASS_WORDS, class_colours, class_title
 from .drift import CHANGED, NOTICE
 
 # %% ../nbs/43_page.ipynb #words

@@ -44,7 +44,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from .classes import class_colours
+from .bands import class_colours
 from .core import EurosatError
 from .data import TileSet
 from .metrics import expected_calibration_error, precision_recall_curve, reliability, roc_curve

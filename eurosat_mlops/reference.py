@@ -11,6 +11,7 @@ __all__ = [
     "familiar_distance",
     "AnsweredTiles",
     "golden_rows",
+    "training_sample",
     "Reference",
     "describe_validation",
 ]
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import EurosatError
-from .data import TileRows, at_once
+from .data import TileRows, TileSet, at_once
 
 
 # %% ../nbs/29_reference.ipynb #coverage-limit
@@ -99,6 +100,20 @@ def golden_rows(
         if len(right):
             rows.append(right[np.argsort(top[right], kind="stable")[len(right) // 2]])
     return np.array(rows, dtype=np.int64)
+
+
+# %% ../nbs/29_reference.ipynb #training-sample
+def training_sample(
+    tileset: TileSet,
+    most: int = 10_000,  # rows in all, about
+    seed: int = 0,
+) -> np.ndarray:  # int64, sorted row numbers of the training part
+    "A part of the training part in which every class keeps its share, and at least 20 tiles if it has them."
+    rows, rng = tileset.parts["train"], np.random.default_rng(seed)
+    share = min(1.0, most / len(rows))
+    of_class = [rows[tileset.labels[rows] == label] for label in range(len(tileset.classes))]
+    chosen = [rng.permutation(some)[: max(20, round(share * len(some)))] for some in of_class]
+    return np.sort(np.concatenate(chosen))
 
 
 # %% ../nbs/29_reference.ipynb #reference-class

@@ -47,7 +47,8 @@ from .metrics import softmax
 from .models import TileClassifier
 from .plots import BLUE, QUIET, Picture, new_picture, style_axes
 from .predict import load_bundle, read_tile
-from .runs import load_classifier, open_run, training_sample
+from .reference import training_sample
+from .runs import load_classifier, open_run
 from .session import answer, measure_latency, open_session
 from .training import fit, predict_logits
 

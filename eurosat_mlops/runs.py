@@ -13,7 +13,6 @@ __all__ = [
     "train",
     "machine",
     "describe_run",
-    "training_sample",
     "pack_bundle",
     "check_unseen",
     "open_run",
@@ -61,10 +60,11 @@ from .meters import measure_energy, profile_callbacks
 from .metrics import classification_report, fit_temperature, most_confident_mistakes, softmax
 from .models import TileClassifier, build_model
 from .plots import Picture
-from .reference import AnsweredTiles, Reference, describe_validation, familiar_distance
+from .ranks import other_processes
+from .reference import AnsweredTiles, Reference, describe_validation, familiar_distance, training_sample
 from .session import answer, open_session
 from .track import Tracker, resolve_mode
-from .training import fit, predict_logits
+from .training import CHECKPOINT, Checkpoints, fit, predict_logits, reopen_run, resumed, work
 
 # %% ../nbs/35_runs.ipynb #describe-data
 SYNTHETIC_NOTE = "built-in synthetic tiles, not satellite images; figures are for trying out only"
@@ -142,12 +142,13 @@ def train(
 ) -> Run:
     "Train, calibrate and bundle in a run folder of its own; `runs/latest` points to it when it is whole."
     settings = settings or load_settings()
+    config, begun = reopen_run(resumed(config, settings))
     mode = resolve_mode(settings.wandb if config.wandb == "auto" else config.wandb)
     config = replace(resolve(config), wandb=mode)
     if tileset is None:
         tileset = load_tiles(config.data, config.split, settings, config.seed, config.workers, config.size)
     config = settle(config if config.data != "auto" else replace(config, data=tileset.name), tileset)
-    folder = new_run(settings, config.name, config.out)
+    folder = begun or new_run(settings, config.name, config.out)
     with recorded(settings, folder):
         write_json(folder / "config.json", asdict(config))
         _write_index(folder, tileset)
@@ -155,8 +156,7 @@ def train(
         data = describe_data(tileset)
         log.info(f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {machine(config)}")
         with Tracker(folder, mode, asdict(config) | {"data_digest": tileset.digest, **origin}) as tracker:
-            learner = make_learner(config, tileset)
-            history, training = _fit(learner, config, folder, tracker.log)
+            learner, history, training = _fit(config, tileset, folder, settings, tracker.log)
             validation = _validate(learner.model, tileset)
             metrics = {
                 "data": data,
@@ -169,6 +169,7 @@ def train(
             info = describe_run(config, tileset, learner.model, origin, training["energy"])
             bundle = pack_bundle(folder / "bundle", info, learner.model, validation, tileset)
             _track(tracker, validation, metrics["validation"], bundle)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
     return Run(folder, config, tileset, learner, history, validation, metrics)
 
 
@@ -186,29 +187,43 @@ def _write_index(folder: Path, tileset: TileSet) -> None:
 
 # %% ../nbs/35_runs.ipynb #fit-metered
 def _fit(
-    learner: Learner, config: TrainConfig, folder: Path, on_metrics: Callable[[dict[str, float], int], None]
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    began = time.perf_counter()
-    with measure_energy(config.energy) as energy:
-        history = fit(learner, config, on_metrics, profile_callbacks(config.profile, folder))
-    seconds = time.perf_counter() - began
+    config: TrainConfig,
+    tileset: TileSet,
+    folder: Path,
+    settings: Settings,
+    on_metrics: Callable[[dict[str, float], int], None],
+) -> tuple[Learner, list[dict[str, float]], dict[str, Any]]:
+    checkpoints = Checkpoints(folder, tileset.digest, config.checkpoint)
+    with other_processes(config.processes, work, (config, settings, folder)) as ready:
+        learner = make_learner(config, tileset)
+        ready()
+        began = time.perf_counter()
+        with measure_energy(config.energy) as energy:
+            history = fit(learner, config, on_metrics, [checkpoints, *profile_callbacks(config.profile, folder)])
+        seconds = checkpoints.before + time.perf_counter() - began
     learner.model.precision = torch.float32
-    return history, {
-        "parameters": sum(p.numel() for p in learner.model.parameters()),
-        "epochs": len(history),
-        "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
-        "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
-        "seconds": round(seconds, 2),
-        "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
-        "machine": machine(config),
-        "energy": energy.result,
-    }
+    resumption = {"resumed_after": checkpoints.after} if checkpoints.after else {}
+    return (
+        learner,
+        history,
+        resumption
+        | {
+            "parameters": sum(p.numel() for p in learner.model.parameters()),
+            "epochs": len(history),
+            "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
+            "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
+            "seconds": round(seconds, 2),
+            "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
+            "machine": machine(config),
+            "energy": energy.result,
+        },
+    )
 
 
 def machine(config: TrainConfig) -> str:
     "What a run was made on, without saying whose it is."
     name = torch.cuda.get_device_name() if config.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, {config.precision}"
+    return f"{name}, {config.precision}" + (f", {config.processes} processes" if config.processes > 1 else "")
 
 
 def _validate(model: TileClassifier, tileset: TileSet) -> Predictions:
@@ -247,20 +262,6 @@ def describe_run(
         "provenance": dict(origin),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-# %% ../nbs/35_runs.ipynb #training-sample
-def training_sample(
-    tileset: TileSet,
-    most: int = 10_000,  # rows in all, about
-    seed: int = 0,
-) -> np.ndarray:  # int64, sorted row numbers of the training part
-    "A part of the training part in which every class keeps its share, and at least 20 tiles if it has them."
-    rows, rng = tileset.parts["train"], np.random.default_rng(seed)
-    share = min(1.0, most / len(rows))
-    of_class = [rows[tileset.labels[rows] == label] for label in range(len(tileset.classes))]
-    chosen = [rng.permutation(some)[: max(20, round(share * len(some)))] for some in of_class]
-    return np.sort(np.concatenate(chosen))
 
 
 # %% ../nbs/35_runs.ipynb #pack-bundle

@@ -200,6 +200,12 @@ class _Session:
 
 
 # %% ../nbs/23_track.ipynb #tracking
+def _earlier_id(run: Path) -> str | None:
+    "The id under which W&B knows a run that was cut off and goes on."
+    found = sorted((run / "wandb").glob("*run-*-*"))
+    return found[-1].name.rpartition("-")[2] if found else None
+
+
 class _Tracking:
     "The life of a tracker: what it starts and how it ends."
 
@@ -209,11 +215,13 @@ class _Tracking:
         mode: str = "auto",  # auto, online, offline or off
         config: Mapping[str, Any] | None = None,  # parameters, data digest, git commit: what the figures depend on
         project: str = "eurosat_mlops",  # the W&B project; WANDB_PROJECT overrides it
-        run_id: str | None = None,  # continue the W&B run of this id
+        run_id: str | None = None,  # continue the W&B run of this id; if None, the one that the folder holds, if any
         init_timeout: float = 10.0,  # seconds the server has to answer before tracking goes offline
         finish_timeout: float = 60.0,  # seconds the last uploads may take
     ) -> None:
-        self.folder, self.mode, self.id = Path(run).resolve(), resolve_mode(mode), run_id or secrets.token_hex(4)
+        self.folder, self.mode = Path(run).resolve(), resolve_mode(mode)
+        run_id = run_id or _earlier_id(self.folder)
+        self.id = run_id or secrets.token_hex(4)
         self.step = 0
         self._session: _Session | None = None
         if self.mode == "off":

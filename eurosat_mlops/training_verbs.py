@@ -158,14 +158,23 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(given: argparse.Namespace) -> int:
     "Check the parameters, run train.ipynb, and say where everything is."
-    from eurosat_mlops.learner import TrainConfig, config_from
+    from eurosat_mlops.learner import TrainConfig, config_from, resolve
+    from eurosat_mlops.training import resumed, work
 
     flags = {f.name: value for f in fields(TrainConfig) if (value := getattr(given, f.name)) is not None}
     parameters = read_parameters(given.file) | {n: _number(get_type_hints(TrainConfig)[n], v) for n, v in flags.items()}
-    config = config_from(parameters)
-    folder = Path(config.out).expanduser().absolute() if config.out else reserve_run(load_settings(), config.name)
+    settings = load_settings()
+    config = resumed(config_from(parameters), settings, parameters)
+    if int(os.environ.get("RANK", "0")):  # torchrun started several; the first keeps what comes of it
+        work(resolve(config), settings, Path(config.resume) if config.resume else None)
+        return 0
+    if config.resume:
+        folder, parameters = Path(config.resume), {"resume": config.resume}
+    else:
+        folder = Path(config.out).expanduser().absolute() if config.out else reserve_run(settings, config.name)
+        parameters |= {"out": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
-    run_notebook("train", folder, parameters | {"out": str(folder)})
+    run_notebook("train", folder, parameters)
     return report(folder, "train")
 
 

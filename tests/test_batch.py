@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eurosat_mlops.batch import TileLoader, augment_tiles, class_weights, make_loaders
+from eurosat_mlops.batch import TileLoader, augment_tiles, class_weights, exchange_colours, make_loaders
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.synthetic import make_synthetic
 
@@ -144,3 +144,27 @@ def test_a_set_larger_than_the_memory_is_trained_on(tmp_path):
         told[how] = subprocess.run(command, capture_output=True, text=True)
     assert told["streamed"].stdout.split() == ["file", "7000"], told["streamed"].stderr
     assert told["kept"].returncode and "llocat" in told["kept"].stderr  # "Unable to allocate", "can't allocate"
+
+
+def test_borrowed_light_is_the_same_however_many_share_the_batch(tileset):
+    dls = make_loaders(tileset, 16, "cpu", seed=3, colours=1.0)
+    whole = list(dls.train)
+    parts = []
+    for rank in range(2):
+        loader = make_loaders(tileset, 16, "cpu", seed=3, colours=1.0).train
+        loader.share = (rank, 2)
+        parts.append(list(loader))
+    for (tiles, labels), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([part[0] for part in shares]), tiles)
+        assert torch.equal(torch.cat([part[1] for part in shares]), labels)
+
+
+def test_borrowed_light_changes_means_and_contrasts_alone():
+    tiles = torch.randint(60, 190, (32, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tiles[16:] = tiles[16:] // 3
+    lent = exchange_colours(tiles, torch.Generator().manual_seed(1))
+    changed = [i for i in range(32) if not torch.equal(tiles[i], lent[i])]
+    assert 8 <= len(changed) <= 24
+    for i in changed:
+        for old, new in zip(tiles[i].reshape(-1, 3).T, lent[i].reshape(-1, 3).T, strict=True):
+            assert torch.corrcoef(torch.stack([old.float(), new.float()]))[0, 1] > 0.99

@@ -20,7 +20,7 @@ from eurosat_mlops.learner import (
     split_decay,
 )
 from eurosat_mlops.synthetic import make_synthetic
-from eurosat_mlops.training import fit, predict_logits
+from eurosat_mlops.training import fit, growing_sizes, predict_logits
 
 QUICK = {"epochs": 2, "bs": 32, "ema": 0.9, "device": "cpu"}
 
@@ -172,12 +172,13 @@ def test_a_loss_that_diverges_stops_with_a_reason(tileset):
 
 def test_norms_and_biases_do_not_decay(tileset):
     learner = make_learner(TrainConfig(**QUICK), tileset)
-    decays, stays = split_decay(learner.model)
-    assert all(p.ndim > 1 for p in decays) and all(p.ndim <= 1 for p in stays)
-    assert sum(p.numel() for p in decays + stays) == sum(p.numel() for p in learner.model.parameters())
+    inner, last, stays = split_decay(learner.model)
+    assert all(p.ndim > 1 for p in inner + last) and all(p.ndim <= 1 for p in stays)
+    assert [p.shape[0] for p in last] == [10]
+    assert sum(p.numel() for p in inner + last + stays) == sum(p.numel() for p in learner.model.parameters())
     config = TrainConfig(**QUICK, wd=0.3)
     fit(learner, config)
-    assert [g["weight_decay"] for g in learner.opt.opt.param_groups] == [0.3, 0.0]
+    assert [g["weight_decay"] for g in learner.opt.opt.param_groups] == [0.3, 0.3, 0.0]
 
 
 def test_every_batch_and_epoch_is_reported(tileset):
@@ -196,3 +197,36 @@ def test_a_timm_network_from_real_imagenet_weights_learns(project, tileset):
     config = TrainConfig(**{**QUICK, "lr": 2e-3}, arch="mobilenetv2_035", weights=str(path))
     history = fit(make_learner(config, tileset), config)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_muon_turns_the_inner_matrices_and_leaves_the_rest_to_adamw(tileset):
+    config = TrainConfig(**QUICK, optimizer="muon", colours=1.0)
+    learner = make_learner(config, tileset)
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    fit(learner, config)
+    assert not any(torch.equal(old, p) for old, p in zip(before, learner.model.parameters(), strict=True))
+    inner, last, stays = split_decay(learner.model)
+    by_muon = {id(p) for p, state in learner.opt.opt.state.items() if state["use_muon"]}
+    assert by_muon == {id(p) for p in inner} and not by_muon & {id(p) for p in last + stays}
+
+
+def test_tiles_grow_while_the_network_trains_and_are_whole_when_it_is_judged(tileset):
+    class Note(Callback):
+        def after_pred(self) -> None:
+            seen.append((self.training, self.learn.model.side))
+
+    for ema in (0.0, 0.9):
+        seen: list[tuple[bool, int]] = []
+        config = TrainConfig(**{**QUICK, "epochs": 3, "ema": ema, "start_size": 16}, precision="fp32")
+        learner = make_learner(config, tileset)
+        fit(learner, config, cbs=[Note()])
+        side = tileset.tiles.shape[1]
+        trained = [size for training, size in seen if training]
+        assert list(dict.fromkeys(trained)) == growing_sizes(16, side) and trained == sorted(trained)
+        assert {size for training, size in seen if not training} <= {0, side} and learner.model.side == side
+
+
+@pytest.mark.parametrize(("given", "words"), [({"start_size": 64}, "start_size"), ({"input_size": 32}, "input_size")])
+def test_a_network_neither_shrinks_nor_sees_less_than_the_tile(tileset, given, words):
+    with pytest.raises(EurosatError, match=words):
+        make_learner(TrainConfig(**{**QUICK, **given}), make_synthetic(per_class=5, size=64))

@@ -20,9 +20,8 @@ from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'eurosat-mlops[dev]' brings playwright")
 
-from eurosat_mlops.bands import IMAGE_RGB, contract_to_dict  # noqa: E402
+from eurosat_mlops.bands import IMAGE_RGB, class_colours, class_title, contract_to_dict  # noqa: E402  # noqa: E402
 from eurosat_mlops.bundle import Bundle, read_bundle, update_bundle  # noqa: E402
-from eurosat_mlops.classes import class_colours, class_title  # noqa: E402
 from eurosat_mlops.core import Settings  # noqa: E402
 from eurosat_mlops.engine import Engine, open_model  # noqa: E402
 from eurosat_mlops.journal import Journal, open_journal  # noqa: E402

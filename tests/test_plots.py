@@ -14,8 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from eurosat_mlops import plots
-from eurosat_mlops.bands import EUROSAT_RGB
-from eurosat_mlops.classes import LAND_COVER_COLOURS, class_colours
+from eurosat_mlops.bands import EUROSAT_RGB, LAND_COVER_COLOURS, class_colours
 from eurosat_mlops.core import EurosatError
 from eurosat_mlops.data import EUROSAT_CLASSES, TileSet
 from eurosat_mlops.metrics import (

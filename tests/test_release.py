@@ -10,8 +10,9 @@ from eurosat_mlops import release as module
 from eurosat_mlops.bundle import read_bundle
 from eurosat_mlops.core import Settings, read_json
 from eurosat_mlops.learner import TrainConfig
+from eurosat_mlops.reference import training_sample
 from eurosat_mlops.release import add_int8, latency_table, open_candidate, prune_and_tune, record_release, time_ways
-from eurosat_mlops.runs import evaluate, train, training_sample
+from eurosat_mlops.runs import evaluate, train
 
 
 @pytest.fixture(scope="module")
