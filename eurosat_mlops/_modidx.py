@@ -1438,6 +1438,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'eurosat_mlops.sweep.Space.described': ('sweep.html#space.described', 'eurosat_mlops/sweep.py'),
                                      'eurosat_mlops.sweep.Space.grid': ('sweep.html#space.grid', 'eurosat_mlops/sweep.py'),
                                      'eurosat_mlops.sweep._check': ('sweep.html#_check', 'eurosat_mlops/sweep.py'),
+                                     'eurosat_mlops.sweep._connect': ('sweep.html#_connect', 'eurosat_mlops/sweep.py'),
                                      'eurosat_mlops.sweep._guess': ('sweep.html#_guess', 'eurosat_mlops/sweep.py'),
                                      'eurosat_mlops.sweep._points': ('sweep.html#_points', 'eurosat_mlops/sweep.py'),
                                      'eurosat_mlops.sweep._read_halving': ('sweep.html#_read_halving', 'eurosat_mlops/sweep.py'),

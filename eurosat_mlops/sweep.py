@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import socket
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -288,6 +289,19 @@ def storage_url(
 
 
 # %% ../nbs/62_sweep.ipynb #open-study
+def _connect(url: sqlalchemy.URL, attempts: int = 5) -> RDBStorage:
+    options = {"connect_args": {"timeout": 60}} if url.drivername == "sqlite" else {"pool_pre_ping": True}
+    silence = {"heartbeat_interval": 60, "grace_period": 180, "heartbeat_stale_trial_callback": requeue}
+    try:
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            return RDBStorage(url.render_as_string(hide_password=False), options, **silence)  # type: ignore[arg-type]
+    except sqlalchemy.exc.DBAPIError as error:
+        if not attempts or not {"exists", "UNIQUE", "unique"} & set(str(error.orig).split()):
+            raise
+        time.sleep(0.5)  # another host begins at the same moment, and is making the tables
+        return _connect(url, attempts - 1)
+
+
 def open_study(
     name: str,
     space: Space,
@@ -296,14 +310,13 @@ def open_study(
 ) -> optuna.Study:
     "Begin a study, or go on with the one of this name if it is about the same space."
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    options = {"connect_args": {"timeout": 60}} if url.drivername == "sqlite" else {"pool_pre_ping": True}
-    wait = {"heartbeat_interval": 60, "grace_period": 180, "heartbeat_stale_trial_callback": requeue}
     try:
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            storage = RDBStorage(url.render_as_string(hide_password=False), options, **wait)  # type: ignore[arg-type]
-        goal = METRICS[space.metric][0]
         study = optuna.create_study(
-            storage=storage, study_name=name, direction=goal, pruner=pruner or NopPruner(), load_if_exists=True
+            storage=_connect(url),
+            study_name=name,
+            direction=METRICS[space.metric][0],
+            pruner=pruner or NopPruner(),
+            load_if_exists=True,
         )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]

@@ -128,7 +128,7 @@ def test_kinds_of_parameters_become_what_optuna_has(tmp_path):
 
 
 def test_the_file_of_the_project_is_a_sweep_of_wandb_too(project):
-    "Against W&B's own schema where its package `sweeps` is installed, and the part of it that stands here."
+    "W&B's own translation of it agrees with ours; its validator, the package `sweeps`, cannot live beside numpy 2."
     path = project / "nbs" / "experiments" / "sweep.yaml"
     space, found = read_space(path), yaml.safe_load(path.read_text())
     assert space.metric in METRICS and space.halving == (2, 2) and space.cap == found["run_cap"]
