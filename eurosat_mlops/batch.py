@@ -123,6 +123,30 @@ def _own(n: int, share: tuple[int, int]) -> slice:
     return slice(n * rank // of, n * (rank + 1) // of)
 
 
+# %% ../nbs/12_batch.ipynb #loader-batches
+def _batches_of(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    "This process's share of each batch of an epoch."
+    order = _epoch_rows(loader.n, loader.shuffle, loader.weights, loader.order).to(loader.device)
+    batches = order.split(loader.bs)[: len(loader)]
+    own = [rows[_own(len(rows), loader.share)] for rows in batches]
+    read = _read_batches(loader.tiles, batches if loader.mixes else own, loader.device)
+    for whole, rows, tiles in zip(batches, own, read, strict=True):
+        if len(rows):  # a last batch may be too small for all to get some
+            yield _augmented(loader, tiles, len(whole)), loader.labels[rows]
+
+
+def _augmented(loader: Any, tiles: Tensor, n: int) -> Tensor:
+    "The tiles by the draws that they would get among all n of the batch."
+    if loader.augment is None:
+        return tiles
+    own, whole = _own(n, loader.share), tiles
+    if len(tiles) < n:
+        whole = tiles.new_zeros(n, *tiles.shape[1:])
+        whole[own] = tiles
+    augmented: Tensor = loader.augment(whole, loader.draws)[own]
+    return augmented
+
+
 # %% ../nbs/12_batch.ipynb #tile-loader
 class TileLoader:
     "Batches of (uint8 tiles (B, S, S, C), labels (B,)), as fastai's Learner takes them."
@@ -148,23 +172,7 @@ class TileLoader:
         return self.n // self.bs if self.drop_last else -(-self.n // self.bs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = _epoch_rows(self.n, self.shuffle, self.weights, self.order).to(self.device)
-        batches = order.split(self.bs)[: len(self)]
-        own = [rows[_own(len(rows), self.share)] for rows in batches]
-        read = _read_batches(self.tiles, batches if self.mixes else own, self.device)
-        for whole, rows, tiles in zip(batches, own, read, strict=True):
-            if len(rows):  # a last batch may be too small for all to get some
-                yield self._augmented(tiles, len(whole)), self.labels[rows]
-
-    def _augmented(self, tiles: Tensor, n: int) -> Tensor:
-        "The tiles by the draws that they would get among all n of the batch."
-        if self.augment is None:
-            return tiles
-        own, whole = _own(n, self.share), tiles
-        if len(tiles) < n:
-            whole = tiles.new_zeros(n, *tiles.shape[1:])
-            whole[own] = tiles
-        return self.augment(whole, self.draws)[own]
+        return _batches_of(self)
 
     def to(self, device: torch.device | str) -> "TileLoader":
         "Move what is in memory to a device, once."

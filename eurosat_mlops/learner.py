@@ -16,6 +16,8 @@ __all__ = [
     "settle",
     "split_decay",
     "make_learner",
+    "growing_sizes",
+    "GrowSize",
     "plan_run",
 ]
 
@@ -23,14 +25,14 @@ __all__ = [
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from fastai.callback.core import TrainEvalCallback
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.learner import Learner, Recorder
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
@@ -42,6 +44,7 @@ from .batch import SYMMETRIES, class_weights, free_memory, make_loaders
 from .core import EurosatError
 from .data import TileSet
 from .models import build_model, channel_statistics, check_arch
+from .ranks import bare
 
 
 # %% ../nbs/24_learner.ipynb #parameter
@@ -283,6 +286,38 @@ def make_learner(
         default_cbs=False,  # fastai would add its own progress bar
         cbs=[TrainEvalCallback(), Recorder(add_time=False)],
     )
+
+
+# %% ../nbs/24_learner.ipynb #grow-size
+def growing_sizes(
+    start: int,  # px
+    end: int,  # px
+) -> list[int]:  # px, of the three thirds of a training
+    "From the first side to the last, the one between them a multiple of 8."
+    return [start, round((start + end) / 16) * 8, end]
+
+
+class GrowSize(Callback):
+    "Let the network see each size in turn while it trains, and the last of them else."
+
+    order = -25  # before the average of the weights takes the network's place
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = sizes
+
+    def _see(self, side: int) -> None:
+        network: Any = bare(self.learn.model)
+        network.side = side
+
+    def before_batch(self) -> None:
+        if self.training:
+            self._see(self.sizes[min(len(self.sizes) - 1, int(self.pct_train * len(self.sizes)))])
+
+    def before_validate(self) -> None:
+        self._see(self.sizes[-1])
+
+    def after_fit(self) -> None:
+        self._see(self.sizes[-1])
 
 
 # %% ../nbs/24_learner.ipynb #plan-run

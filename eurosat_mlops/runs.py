@@ -202,22 +202,18 @@ def _fit(
             history = fit(learner, config, on_metrics, [checkpoints, *profile_callbacks(config.profile, folder)])
         seconds = checkpoints.before + time.perf_counter() - began
     learner.model.precision = torch.float32
+    about = {
+        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "epochs": len(history),
+        "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
+        "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
+        "seconds": round(seconds, 2),
+        "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
+        "machine": machine(config),
+        "energy": energy.result,
+    }
     resumption = {"resumed_after": checkpoints.after} if checkpoints.after else {}
-    return (
-        learner,
-        history,
-        resumption
-        | {
-            "parameters": sum(p.numel() for p in learner.model.parameters()),
-            "epochs": len(history),
-            "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
-            "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
-            "seconds": round(seconds, 2),
-            "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
-            "machine": machine(config),
-            "energy": energy.result,
-        },
-    )
+    return learner, history, resumption | about
 
 
 def machine(config: TrainConfig) -> str:

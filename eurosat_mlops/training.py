@@ -6,8 +6,6 @@
 __all__ = [
     "CHECKPOINT",
     "AverageWeights",
-    "growing_sizes",
-    "GrowSize",
     "KeepBest",
     "Watch",
     "write_checkpoint",
@@ -49,7 +47,7 @@ from tqdm import tqdm
 from .core import EurosatError, Settings, atomic_path, log, read_json, read_status, write_status
 from .data import TileRows, at_once
 from .datasets import load_tiles
-from .learner import TrainConfig, config_from, make_learner
+from .learner import GrowSize, TrainConfig, config_from, growing_sizes, make_learner
 from .meters import TimeLeft, in_words
 from .models import TileClassifier
 from .ranks import AddUp, bare, joined
@@ -84,38 +82,6 @@ class AverageWeights(Callback):
 
     def after_validate(self) -> None:
         self.learn.model = self.trained
-
-
-# %% ../nbs/27_training.ipynb #grow-size
-def growing_sizes(
-    start: int,  # px
-    end: int,  # px
-) -> list[int]:  # px, of the three thirds of a training
-    "From the first side to the last, the one between them a multiple of 8."
-    return [start, round((start + end) / 16) * 8, end]
-
-
-class GrowSize(Callback):
-    "Let the network see each size in turn while it trains, and the last of them else."
-
-    order = -25  # before the average of the weights takes the network's place
-
-    def __init__(self, sizes: Sequence[int]):
-        self.sizes = sizes
-
-    def _see(self, side: int) -> None:
-        network: Any = bare(self.learn.model)
-        network.side = side
-
-    def before_batch(self) -> None:
-        if self.training:
-            self._see(self.sizes[min(len(self.sizes) - 1, int(self.pct_train * len(self.sizes)))])
-
-    def before_validate(self) -> None:
-        self._see(self.sizes[-1])
-
-    def after_fit(self) -> None:
-        self._see(self.sizes[-1])
 
 
 # %% ../nbs/27_training.ipynb #keep-best
@@ -273,6 +239,36 @@ def _generators(learner: Learner) -> dict[str, torch.Generator]:
     )
 
 
+# %% ../nbs/27_training.ipynb #fit-state
+def _keepers(learner: Learner) -> dict[str, Any]:
+    return {cb.name: cb for cb in learner.cbs if hasattr(type(cb), "keep")}
+
+
+def _state_of(learner: Learner) -> dict[str, Any]:
+    "All that the rest of a fit depends on, at the end of an epoch."
+    loss = learner.recorder.smooth_loss
+    return {
+        "epoch": learner.epoch + 1,
+        "model": bare(learner.model).state_dict(),
+        "optimizer": learner.opt.opt.state_dict(),
+        "loss": {"value": loss.val, "count": loss.count},
+        "generators": {name: generator.get_state() for name, generator in _generators(learner).items()},
+        "callbacks": {name: cb.keep() for name, cb in _keepers(learner).items()},
+    }
+
+
+def _restore(learner: Learner, kept: dict[str, Any]) -> None:
+    learner.first_epoch = kept["epoch"]
+    bare(learner.model).load_state_dict(kept["model"])
+    _restore_optimizer(learner.opt.opt, kept["optimizer"])
+    loss = learner.recorder.smooth_loss
+    loss.val, loss.count = kept["loss"]["value"], kept["loss"]["count"]
+    for name, generator in _generators(learner).items():
+        generator.set_state(kept["generators"][name])
+    for name, cb in _keepers(learner).items():
+        cb.take(kept["callbacks"][name])
+
+
 # %% ../nbs/27_training.ipynb #checkpoints
 class Checkpoints(Callback):
     "Write checkpoints into the run folder; a fit whose folder holds one goes on from there."
@@ -286,48 +282,26 @@ class Checkpoints(Callback):
     def before_fit(self) -> None:
         self.cost = 0.0
         if (self.run_folder / CHECKPOINT).exists():
-            self._take(read_checkpoint(self.run_folder))
+            self._go_on(read_checkpoint(self.run_folder))
         self.began = self.last = time.perf_counter()
+
+    def _go_on(self, kept: dict[str, Any]) -> None:
+        if kept["digest"] != self.digest:
+            found = f"these tiles ({self.digest[:12]}) are not those of the run ({kept['digest'][:12]})"
+            raise EurosatError(f"resume: {found}; bring its data back, or train a new run")
+        self.after, self.before = kept["epoch"], kept["seconds"]
+        self.learn.time_left.before = self.before
+        _restore(self.learn, kept)
+        log.info(f"goes on after epoch {self.after}")
 
     def after_epoch(self) -> None:
         now = time.perf_counter()
         if rank_distrib() or not self.minutes or now - self.last < max(60 * self.minutes, 100 * self.cost):
             return
-        write_checkpoint(self.run_folder, self._keep())
+        seconds = self.before + now - self.began
+        write_checkpoint(self.run_folder, {"digest": self.digest, "seconds": seconds, **_state_of(self.learn)})
         self.last = time.perf_counter()
         self.cost = self.last - now
-
-    def _keepers(self) -> dict[str, Any]:
-        return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), "keep")}
-
-    def _keep(self) -> dict[str, Any]:
-        loss = self.recorder.smooth_loss
-        return {
-            "digest": self.digest,
-            "epoch": self.epoch + 1,
-            "seconds": self.before + time.perf_counter() - self.began,
-            "model": bare(self.learn.model).state_dict(),
-            "optimizer": self.opt.opt.state_dict(),
-            "loss": {"value": loss.val, "count": loss.count},
-            "generators": {name: generator.get_state() for name, generator in _generators(self.learn).items()},
-            "callbacks": {name: cb.keep() for name, cb in self._keepers().items()},
-        }
-
-    def _take(self, kept: dict[str, Any]) -> None:
-        if kept["digest"] != self.digest:
-            found = f"these tiles ({self.digest[:12]}) are not those of the run ({kept['digest'][:12]})"
-            raise EurosatError(f"resume: {found}; bring its data back, or train a new run")
-        self.learn.first_epoch = self.after = kept["epoch"]
-        self.before = kept["seconds"]
-        self.learn.time_left.before = self.before
-        bare(self.learn.model).load_state_dict(kept["model"])
-        _restore_optimizer(self.opt.opt, kept["optimizer"])
-        self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = kept["loss"]["value"], kept["loss"]["count"]
-        for name, generator in _generators(self.learn).items():
-            generator.set_state(kept["generators"][name])
-        for name, cb in self._keepers().items():
-            cb.take(kept["callbacks"][name])
-        log.info(f"goes on after epoch {kept['epoch']}")
 
 
 # %% ../nbs/27_training.ipynb #resumed

@@ -15,12 +15,13 @@ from eurosat_mlops.learner import (
     TrainConfig,
     config_from,
     config_from_notebook,
+    growing_sizes,
     make_learner,
     resolve,
     split_decay,
 )
 from eurosat_mlops.synthetic import make_synthetic
-from eurosat_mlops.training import fit, growing_sizes, predict_logits
+from eurosat_mlops.training import fit, predict_logits
 
 QUICK = {"epochs": 2, "bs": 32, "ema": 0.9, "device": "cpu"}
 
