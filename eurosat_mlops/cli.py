@@ -146,3 +146,8 @@ def main(
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+
+
+# %% ../nbs/60_cli.ipynb #module
+if __name__ == "__main__" and __spec__ is not None:
+    sys.exit(main())

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -197,10 +198,8 @@ def _reason(started: Any, error: Exception) -> Exception:
         error = ended
     if not isinstance(error, ProcessException):
         return error
-    said = str(error).strip().splitlines()[-1]
-    return EurosatError(
-        f"processes: process {error.error_index + 1} of the run ended ({said}); it is needed to the end"
-    )
+    said = str(error).strip().splitlines()[-1].removeprefix(f"process {error.error_index} ")
+    return EurosatError(f"processes: process {error.error_index + 1} of the run is gone ({said}); no other can go on")
 
 
 # %% ../nbs/15_ranks.ipynb #start-others
@@ -211,6 +210,10 @@ def other_processes(
     given: tuple[Any, ...],
 ) -> Iterator[Callable[[], None]]:  # waits until the others are ready
     "Inside it the other processes are there; if one of them fails, so does the block, and says why."
+    if processes > 1 and find_spec("accelerate") is None:
+        raise EurosatError(
+            "processes: accelerate is not installed; pip install 'eurosat-mlops[train]', or leave it out"
+        )
     before, threads = dict(os.environ), torch.get_num_threads()
     if "WORLD_SIZE" in before:  # torchrun has started them
         processes, before = 1, {name: value for name, value in before.items() if name not in PLACE}

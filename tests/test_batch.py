@@ -140,7 +140,7 @@ def test_a_set_larger_than_the_memory_is_trained_on(tmp_path):
         Image.fromarray(pixels).resize((128, 128), Image.Resampling.NEAREST).save(home / f"{row}.png", compress_level=1)
     told = {}
     for how, memory in (("streamed", 100), ("kept", 1000)):
-        command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), how, str(memory), "230"]
+        command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), how, str(memory), "340"]
         told[how] = subprocess.run(command, capture_output=True, text=True)
     assert told["streamed"].stdout.split() == ["file", "7000"], told["streamed"].stderr
     assert told["kept"].returncode and "llocat" in told["kept"].stderr  # "Unable to allocate", "can't allocate"
