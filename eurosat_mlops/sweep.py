@@ -9,8 +9,6 @@ __all__ = [
     "KEYS",
     "OURS",
     "translate",
-    "read_metric",
-    "read_epochs",
     "Space",
     "read_space",
     "storage_url",
@@ -43,9 +41,8 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from .core import EurosatError, read_json
+from .core import EurosatError
 from .learner import config_from
-from .track import read_history
 from .training_verbs import read_parameters
 
 # %% ../nbs/62_sweep.ipynb #translate
@@ -125,30 +122,6 @@ METRICS: dict[
     "validation/brier": ("minimize", "epoch/valid_loss"),
     "validation/ece": ("minimize", ""),
 }
-
-
-def read_metric(
-    folder: Path,  # of a finished run
-    name: str,  # of `METRICS`
-) -> float:
-    "What a run has reached."
-    place, _, key = name.partition("/")
-    if place == "epoch":
-        best = max if METRICS[name][0] == "maximize" else min
-        return float(best(read_epochs(folder, name)))
-    found = read_json(folder / "metrics.json")["validation"][key]
-    return float(found["value"] if isinstance(found, dict) else found)
-
-
-def read_epochs(
-    folder: Path,
-    name: str,  # such as epoch/accuracy
-) -> list[float]:  # one an epoch so far
-    "A figure of each epoch, from the record that a run writes as it goes."
-    path = folder / "history.jsonl"
-    rows = read_history(path) if path.exists() else []
-    return [float(row[name]) for row in rows if row.get(name) is not None]
-
 
 # %% ../nbs/62_sweep.ipynb #space
 KEYS = (

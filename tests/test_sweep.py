@@ -18,9 +18,10 @@ from PIL import Image
 
 from eurosat_mlops.cli import main, make_parser
 from eurosat_mlops.core import EurosatError, read_json, read_status
+from eurosat_mlops.findings import find_importances, trial_table, write_best
 from eurosat_mlops.learner import config_from
 from eurosat_mlops.sweep import METRICS, counted_trials, next_trial, open_study, read_space, requeue, storage_url
-from eurosat_mlops.trials import Sweep, choose_pruner, find_importances, search, trial_folder, trial_table, write_best
+from eurosat_mlops.trials import Sweep, choose_pruner, search, trial_folder
 
 SWEEP = {
     "method": "random",
