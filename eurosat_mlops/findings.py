@@ -155,6 +155,15 @@ def plot_importances(
     return picture
 
 
+# %% ../nbs/68_findings.ipynb #places
+def _places(trials: Sequence[FrozenTrial], name: str) -> list[Any]:
+    kinds = [t.distributions[name] for t in trials]
+    return [
+        kind.choices.index(t.params[name]) if isinstance(kind, CategoricalDistribution) else t.params[name]
+        for t, kind in zip(trials, kinds, strict=True)
+    ]
+
+
 # %% ../nbs/68_findings.ipynb #plot-slices
 def plot_slices(
     study: optuna.Study,
@@ -192,11 +201,3 @@ def plot_slices(
     marks = picture.axes[0].get_legend_handles_labels()
     picture.legend(*marks, loc="outside lower left", ncols=3, frameon=False, fontsize=9, handlelength=1.2)
     return picture
-
-
-def _places(trials: Sequence[FrozenTrial], name: str) -> list[Any]:
-    kinds = [t.distributions[name] for t in trials]
-    return [
-        kind.choices.index(t.params[name]) if isinstance(kind, CategoricalDistribution) else t.params[name]
-        for t, kind in zip(trials, kinds, strict=True)
-    ]
