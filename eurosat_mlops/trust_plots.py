@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patheffects import Normal, Stroke
 
-from .classes import class_colours
+from .bands import class_colours
 from .core import EurosatError
 from .data import TileRows
 from eurosat_mlops.plots import (
