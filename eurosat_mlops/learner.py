@@ -239,7 +239,8 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
 def split_decay(model: Any) -> list[list[nn.Parameter]]:
     "The trainable parameters in three groups: matrices and kernels, those of the classifier, and what never decays."
     trainable = [p for p in model.parameters() if p.requires_grad]
-    last = {id(p) for p in model.trunk.get_classifier().parameters()}
+    classifier = model.trunk.get_classifier() if hasattr(model, "trunk") else nn.Identity()  # one of another kind
+    last = {id(p) for p in classifier.parameters()}
     matrices = [p for p in trainable if p.ndim > 1]
     inner, outer = ([p for p in matrices if (id(p) in last) is wanted] for wanted in (False, True))
     return [inner, outer, [p for p in trainable if p.ndim <= 1]]
