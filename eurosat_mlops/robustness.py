@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .bands import check_tiles
 from .bundle import Bundle, graph_name
-from .core import EurosatError, write_json
+from .core import EurosatError, read_json, write_json
 from .corruptions import CORRUPTIONS, corrupt
 from .data import TileSet, at_once
 from .metrics import accuracy_interval
@@ -171,8 +171,9 @@ def keep_robustness(
     report: Mapping[str, Any],  # from `measure_robustness` of the test part
 ) -> None:
     "Write the figures into metrics.json, in the entry of the test."
-    evaluation.metrics["test"][evaluation.tileset.split]["robustness"] = dict(report)
-    write_json(evaluation.folder / "metrics.json", evaluation.metrics)
+    metrics = read_json(evaluation.folder / "metrics.json")  # others have written to it since
+    metrics["test"][evaluation.tileset.split]["robustness"] = dict(report)
+    write_json(evaluation.folder / "metrics.json", metrics)
 
 
 def error_table(
