@@ -874,6 +874,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'eurosat_mlops.models.check_arch': ('models.html#check_arch', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.load_trunk': ('models.html#load_trunk', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.read_weights': ('models.html#read_weights', 'eurosat_mlops/models.py'),
+                                      'eurosat_mlops.models.tilenet_l': ('models.html#tilenet_l', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.tilenet_m': ('models.html#tilenet_m', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.tilenet_s': ('models.html#tilenet_s', 'eurosat_mlops/models.py')},
             'eurosat_mlops.outcomes': { 'eurosat_mlops.outcomes.Ledger': ('outcomes.html#ledger', 'eurosat_mlops/outcomes.py'),

@@ -10,6 +10,7 @@ __all__ = [
     "TileNet",
     "tilenet_s",
     "tilenet_m",
+    "tilenet_l",
     "TileClassifier",
     "check_arch",
     "read_weights",
@@ -117,6 +118,13 @@ def tilenet_m(pretrained: bool = False, num_classes: int = 1000, in_chans: int =
     return TileNet((24, 48, 96, 192), num_classes, in_chans, excite=True)
 
 
+@timm.models.register_model
+def tilenet_l(pretrained: bool = False, num_classes: int = 1000, in_chans: int = 3, **_: Any) -> TileNet:
+    "The large one: 1.21 million parameters with ten classes, its channels weighed."
+    _check_random("tilenet_l", pretrained)
+    return TileNet((32, 64, 128, 256), num_classes, in_chans, excite=True)
+
+
 def _check_random(arch: str, pretrained: bool) -> None:
     if pretrained:
         raise EurosatError(f"weights: {arch} has none to download; use weights=none, or name a file of a run's weights")
@@ -165,7 +173,9 @@ def check_arch(
         return arch
     near = difflib.get_close_matches(arch, timm.list_models(), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() shows them all"
-    raise EurosatError(f"arch: got {arch!r}, expected tilenet_s, tilenet_m or another model that timm knows{hint}")
+    raise EurosatError(
+        f"arch: got {arch!r}, expected tilenet_s, tilenet_m, tilenet_l or another model that timm knows{hint}"
+    )
 
 
 # %% ../nbs/20_models.ipynb #read-weights
