@@ -1359,6 +1359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'eurosat_mlops.scene._warp': ('scene.html#_warp', 'eurosat_mlops/scene.py'),
                                      'eurosat_mlops.scene.byte_tables': ('scene.html#byte_tables', 'eurosat_mlops/scene.py'),
                                      'eurosat_mlops.scene.check_scene': ('scene.html#check_scene', 'eurosat_mlops/scene.py'),
+                                     'eurosat_mlops.scene.clear_air': ('scene.html#clear_air', 'eurosat_mlops/scene.py'),
                                      'eurosat_mlops.scene.need_rasterio': ('scene.html#need_rasterio', 'eurosat_mlops/scene.py'),
                                      'eurosat_mlops.scene.sample_numbers': ('scene.html#sample_numbers', 'eurosat_mlops/scene.py'),
                                      'eurosat_mlops.scene.scene_doubts': ('scene.html#scene_doubts', 'eurosat_mlops/scene.py'),
@@ -1920,5 +1921,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'eurosat_mlops.windows.count_valid': ('windows.html#count_valid', 'eurosat_mlops/windows.py'),
                                        'eurosat_mlops.windows.cut_blocks': ('windows.html#cut_blocks', 'eurosat_mlops/windows.py'),
                                        'eurosat_mlops.windows.fill_empty': ('windows.html#fill_empty', 'eurosat_mlops/windows.py'),
-                                       'eurosat_mlops.windows.through_jpeg': ('windows.html#through_jpeg', 'eurosat_mlops/windows.py'),
                                        'eurosat_mlops.windows.window_starts': ('windows.html#window_starts', 'eurosat_mlops/windows.py')}}}

@@ -45,7 +45,6 @@ class MapSettings:
 
     stride: int = 64  # px between windows, and the side of a cell: 64, 32 or 16
     block: int = 1024  # px between blocks
-    jpeg: int = 0  # quality of a JPEG that each tile goes through first; 0 for none
 
 
 def map_key(
@@ -79,7 +78,6 @@ def answer_locally(
     model: Classifier,
     grid: WindowGrid,
     blocks: Sequence[Block],
-    jpeg: int = 0,
     workers: int = 0,  # threads; 0 for one a core
 ) -> Iterator[Answered]:  # as they are done
     "Answer blocks by threads of this process."
@@ -89,7 +87,7 @@ def answer_locally(
         def work(block: Block) -> BlockAnswers:
             if not hasattr(mine, "reader"):
                 mine.reader = opened.enter_context(BlockReader(scene, model.contract))
-            return answer_block(mine.reader, grid, block, model, jpeg)
+            return answer_block(mine.reader, grid, block, model)
 
         futures = [pool.submit(_twice, work, block) for block in blocks]
         try:
@@ -112,12 +110,10 @@ def _tools(scene_text: str, folder: str, identity: str, precision: str, thread: 
     return BlockReader(scene, model.contract), model
 
 
-def _on_worker(
-    block: Block, scene_text: str, folder: str, identity: str, precision: str, grid: WindowGrid, jpeg: int
-) -> Answered:
+def _on_worker(block: Block, scene_text: str, folder: str, identity: str, precision: str, grid: WindowGrid) -> Answered:
     def work(block: Block) -> BlockAnswers:
         reader, model = _tools(scene_text, folder, identity, precision, threading.get_ident())
-        return answer_block(reader, grid, block, model, jpeg)
+        return answer_block(reader, grid, block, model)
 
     return _twice(work, block)
 
@@ -128,7 +124,6 @@ def answer_by_dask(
     model: Classifier,
     grid: WindowGrid,
     blocks: Sequence[Block],
-    jpeg: int = 0,
     workers: int = 0,  # processes of a cluster on this machine; 0 for one a core
     address: str = "",  # of a scheduler that runs; empty for a cluster on this machine
 ) -> Iterator[Answered]:  # as they are done
@@ -150,7 +145,7 @@ def answer_by_dask(
         except OSError:
             raise EurosatError(f"address: no Dask scheduler answers at {address}; start one: dask scheduler") from None
         told = {"folder": str(model.bundle.folder.resolve()), "identity": model.bundle.id, "precision": model.precision}
-        more = told | {"scene_text": pickle.dumps(scene).hex(), "grid": grid, "jpeg": jpeg}
+        more = told | {"scene_text": pickle.dumps(scene).hex(), "grid": grid}
         futures = client.map(_on_worker, list(blocks), retries=2, pure=False, **more)
         named = {future.key: block for future, block in zip(futures, blocks, strict=True)}
         for future in as_done(futures):
@@ -221,7 +216,7 @@ def answer_scene(
             todo.append(block)
         else:
             _put(whole, block, answers)
-    asked = scene, model, grid, todo, settings.jpeg, workers
+    asked = scene, model, grid, todo, workers
     coming = answer_by_dask(*asked, address) if engine == "dask" else answer_locally(*asked)
     done = tqdm(coming if todo else (), total=len(blocks), initial=len(blocks) - len(todo), unit=" blocks", delay=2)
     for block, answered in done:

@@ -92,6 +92,7 @@ VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and ru
     "evaluate": ("measure a run on its test part: runs evaluate.ipynb", "training_verbs"),
     "release": ("make a run a release candidate: runs release.ipynb", "training_verbs"),
     "registry": ("keep, promote and look after released models", "registry_verbs"),
+    "map": ("map a whole satellite scene: land cover, areas, a page to look at it", "map_verbs"),
     "predict": ("what a model says of pictures: files, folders, standard input", "predict_verbs"),
     "serve": ("answer over HTTP, with a page, metrics and a record", "serving_verbs"),
     "load": ("let many clients ask a service, and report what they met with", "load"),

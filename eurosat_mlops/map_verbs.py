@@ -49,7 +49,7 @@ def _add_declared(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mask", default="", help="a raster with the scene classification (SCL)")
     group.add_argument("--scaled", action="store_true", help="8 bit, scaled as the model's tiles were")
     group.add_argument("--resample", action="store_true", help="bring pixels of another size or grid to the model's")
-    group.add_argument("--jpeg", type=int, default=0, help="let tiles go through JPEG of this quality, 1 to 95")
+    group.add_argument("--air", action="store_true", help="put clear air over an L2A scene, for a model of L1C")
     group.add_argument("--sure", action="store_true", help="map it though its numbers look wrong")
 
 
@@ -81,9 +81,10 @@ def run_map(given: argparse.Namespace) -> int:
         given.nodata,
         given.mask,
         given.scaled,
+        given.air,
         given.resample,
     )
-    settings = MapSettings(given.stride, jpeg=given.jpeg)
+    settings = MapSettings(given.stride)
     outputs = Outputs(given.probabilities, given.overlay, given.engine, given.workers, given.address)
     finished = map_scene(given.scene, model, given.out, settings, declared, outputs, given.sure)
     print(map_report(finished))

@@ -73,8 +73,6 @@ def _facts(scene: Scene, model: Classifier, settings: MapSettings, notes: list[s
     facts = {"SCENE": scene.name, "PRODUCT_LEVEL": sums, "BUNDLE": model.bundle.id, "PRECISION": model.precision}
     facts |= {"PROJECT": f"eurosat_mlops {__version__}", "STRIDE": f"{settings.stride} px"}
     facts |= {"UNCERTAIN_BELOW": f"{model.bundle.info['limits']['confidence']:.3f}"}
-    if settings.jpeg:
-        facts["JPEG"] = f"tiles went through JPEG of quality {settings.jpeg}"
     if note := model.bundle.info.get("data", {}).get("note"):
         notes = [*notes, f"the model was trained on {note}"]
     return facts | ({"NOTES": "; ".join(notes)} if notes else {})
@@ -128,8 +126,6 @@ def map_scene(
 ) -> FinishedMap:
     "Map a scene; what cannot be brought to the model's contract is refused before any work."
     settings, outputs, out = settings or MapSettings(), outputs or Outputs(), Path(out).expanduser()
-    if not 0 <= settings.jpeg <= 95:
-        raise EurosatError(f"jpeg: got {settings.jpeg}, expected a quality from 1 to 95, or 0 for none")
     scene = open_scene(path, model.contract, declared)
     notes = check_scene(scene, model.contract, sure)
     for note in notes:

@@ -43,6 +43,7 @@ class Declared:
     nodata: float | None = None
     mask: str = ""  # a raster file with the scene classification
     scaled: bool = False  # 8 bit, and scaled as the contract says
+    air: bool = False  # put clear air over an L2A scene for a model of L1C
     resample: bool = False  # bring pixels of another size or grid to the contract's
 
 
@@ -280,6 +281,10 @@ def open_scene(
     units = declared.quantification or found.quantification or 10_000.0
     mask = Band(declared.mask) if declared.mask else found.mask
     level = declared.level or found.level
+    if declared.air and (level, contract.level) != ("L2A", "L1C"):
+        raise EurosatError(
+            f"air: the scene is {level or 'of no known level'}; only L2A lacks the air that an L1C model knows"
+        )
     return Scene(
         path.stem,
         bands,
@@ -288,6 +293,7 @@ def open_scene(
         quantification=units,
         mask=mask,
         scaled=declared.scaled,
+        air=declared.air,
         **grids[0],
     )
 

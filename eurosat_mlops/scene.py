@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    "SUN_ZENITH",
     "CLOUDED",
     "need_rasterio",
     "Band",
     "Scene",
+    "clear_air",
     "byte_tables",
     "SceneReader",
     "BlockReader",
@@ -28,7 +30,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .bands import InputContract, to_reflectance_bytes
+from .bands import SENTINEL2_BANDS, InputContract, to_reflectance_bytes
 from .core import EurosatError
 
 
@@ -69,6 +71,7 @@ class Scene:
     quantification: float = 10_000.0  # digital numbers that are a reflectance of 1
     mask: Band | None = None  # a scene classification layer (SCL)
     scaled: bool = False  # 8 bit, scaled as the contract says already
+    air: bool = False  # L2A, to be seen as if clear air lay over it
     warped: bool = False  # pixels come from a grid of another kind, resampled while they are read
 
     @property
@@ -86,6 +89,25 @@ class Scene:
         return left, top + e * self.height, left + a * self.width, top
 
 
+# %% ../nbs/44_scene.ipynb #air
+SUN_ZENITH = 40.0  # degrees
+
+
+def clear_air(
+    band: str,
+) -> tuple[float, float]:  # reflectance that the air adds, share of the ground's light that comes through
+    """What clear air does to a band seen from above.
+
+    Optical depth of the molecules by Hansen and Travis (1974), single scattering into the nadir, transmittance by
+    Tanre et al. (1979).
+    """
+    micron, sun = SENTINEL2_BANDS[band][0] / 1000, np.cos(np.radians(SUN_ZENITH))
+    depth = 0.008569 * micron**-4 * (1 + 0.0113 * micron**-2 + 0.00013 * micron**-4)
+    path = depth * 3 / 16 * (1 + sun**2) / sun
+    down, up = ((2 / 3 + mu + (2 / 3 - mu) * np.exp(-depth / mu)) / (4 / 3 + depth) for mu in (sun, 1.0))
+    return float(path), float(down * up)
+
+
 # %% ../nbs/44_scene.ipynb #byte-table
 def byte_tables(
     scene: Scene,
@@ -100,7 +122,15 @@ def byte_tables(
         table = np.empty((len(contract.bands), 65536), np.uint8)
         for row, band in zip(table, contract.bands, strict=True):
             one = replace(contract, bands=(band,), lo=contract.lo * scale, hi=contract.hi * scale)
-            row[:] = to_reflectance_bytes(numbers, one, scene.offsets[band])[0, 0]
+            if scene.air:
+                path, through = clear_air(band)
+                ground = numbers[0, 0] + scene.offsets[band]
+                seen = np.rint(10_000 * scale * path + through * ground).astype(np.int32)[None, None]
+                row[:] = np.where(numbers == contract.nodata, 0, to_reflectance_bytes(np.maximum(seen, 1), one, 0.0))[
+                    0, 0
+                ]
+            else:
+                row[:] = to_reflectance_bytes(numbers, one, scene.offsets[band])[0, 0]
     if scene.nodata is not None and float(scene.nodata).is_integer():
         table[:, int(scene.nodata)] = 0
     return table
@@ -271,6 +301,8 @@ def check_scene(
         )
     elif not scene.level:
         notes.append(f"nothing says the product level; the model was trained on {contract.level}")
+    if scene.air:
+        notes.append("clear air was put over the scene, since the model was trained on L1C: an approximation")
     if scene.warped:
         notes.append(f"the pixels were resampled to {contract.pixel_metres:g} m")
     return notes
@@ -285,7 +317,19 @@ def scene_stamp(scene: Scene) -> dict[str, Any]:
         facts = Path(path).stat()
         files[Path(path).name] = [facts.st_size, facts.st_mtime_ns]
     bands = {name: [Path(band.path).name, band.index] for name, band in scene.bands.items()}
-    kept = ("crs", "transform", "height", "width", "dtype", "level", "nodata", "quantification", "scaled", "warped")
+    kept = (
+        "crs",
+        "transform",
+        "height",
+        "width",
+        "dtype",
+        "level",
+        "nodata",
+        "quantification",
+        "scaled",
+        "warped",
+        "air",
+    )
     facts_of = {name: getattr(scene, name) for name in kept} | {
         "offsets": dict(scene.offsets),
         "mask": bool(scene.mask),

@@ -13,21 +13,18 @@ __all__ = [
     "cut_blocks",
     "count_valid",
     "fill_empty",
-    "through_jpeg",
     "BlockAnswers",
     "answer_block",
     "average_windows",
 ]
 
 # %% ../nbs/82_windows.ipynb #imports
-import io
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from .core import EurosatError
 from .predict import Classifier
@@ -134,20 +131,6 @@ def fill_empty(
         tiles[k][empty[k]] = (2 * full.sum(0, dtype=np.int64) + len(full)) // (2 * len(full))  # rounded
 
 
-# %% ../nbs/82_windows.ipynb #jpeg
-def through_jpeg(
-    tiles: np.ndarray,  # uint8 (N, S, S, 3)
-    quality: int,  # 1 to 95
-) -> np.ndarray:  # uint8, same shape
-    "Tiles as they look after they were saved as JPEG."
-    seen = np.empty_like(tiles)
-    for before, after in zip(tiles, seen, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(before).save(buffer, "JPEG", quality=quality)
-        after[:] = np.asarray(Image.open(buffer))
-    return seen
-
-
 # %% ../nbs/82_windows.ipynb #read-block
 def _read_block(
     reader: BlockReader, grid: WindowGrid, block: Block
@@ -186,7 +169,6 @@ def answer_block(
     grid: WindowGrid,
     block: Block,
     model: Classifier,
-    jpeg: int = 0,  # quality of a JPEG that each tile goes through first, as the tiles of EuroSAT did; 0 for none
 ) -> BlockAnswers:
     "Read the pixels of a block once, and ask the model about its windows."
     pixels, tops, lefts, valid = _read_block(reader, grid, block)
@@ -199,7 +181,7 @@ def answer_block(
         at = rows[k : k + BATCH], columns[k : k + BATCH]
         tiles = np.ascontiguousarray(views[tops[at[0]], lefts[at[1]]].transpose(0, 2, 3, 1))
         fill_empty(tiles)
-        answers = model.predict(through_jpeg(tiles, jpeg) if jpeg else tiles)
+        answers = model.predict(tiles)
         probabilities[at], distance[at] = answers.probabilities, answers.distance
     return BlockAnswers(probabilities, distance, valid)
 
