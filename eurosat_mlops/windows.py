@@ -148,7 +148,7 @@ def _read_block(
         pixels,
         tops - top,
         lefts - left,
-        count_valid(pixels.max(-1) > 0, down[:-1], down[1:], across[:-1], across[1:]),
+        count_valid(pixels[..., 0] > 0, down[:-1], down[1:], across[:-1], across[1:]),
     )
 
 
@@ -172,7 +172,7 @@ def answer_block(
 ) -> BlockAnswers:
     "Read the pixels of a block once, and ask the model about its windows."
     pixels, tops, lefts, valid = _read_block(reader, grid, block)
-    seen = count_valid(pixels.max(-1) > 0, tops, tops + grid.side, lefts, lefts + grid.side)
+    seen = count_valid(pixels[..., 0] > 0, tops, tops + grid.side, lefts, lefts + grid.side)
     views = np.lib.stride_tricks.sliding_window_view(pixels, (grid.side, grid.side), axis=(0, 1))
     probabilities = np.full((*seen.shape, len(model.bundle.classes)), np.nan, np.float32)
     distance = np.full(seen.shape, np.nan, np.float32)
@@ -180,7 +180,8 @@ def answer_block(
     for k in range(0, len(rows), BATCH):
         at = rows[k : k + BATCH], columns[k : k + BATCH]
         tiles = np.ascontiguousarray(views[tops[at[0]], lefts[at[1]]].transpose(0, 2, 3, 1))
-        fill_empty(tiles)
+        if (seen[at] < grid.side**2).any():
+            fill_empty(tiles)
         answers = model.predict(tiles)
         probabilities[at], distance[at] = answers.probabilities, answers.distance
     return BlockAnswers(probabilities, distance, valid)
