@@ -1,4 +1,4 @@
-"""Whole scenes: products of every wrapping, maps against ground truth, blocks, kills, odd sizes, files that others read."""
+"""Whole scenes: products in every wrapping, maps against ground truth, blocks, kills, odd sizes, files for others."""
 
 import csv
 import json
@@ -155,12 +155,12 @@ def test_a_folder_of_band_files_with_a_scene_classification_leaves_clouds_out(tm
 def test_what_is_no_scene_of_the_contract_is_refused_with_the_reason(tmp_path, tiles):
     mosaic = lay_tiles(tiles, 3)[:128]
     cases = [
-        (dict(crs=None), Declared(), "where on the Earth"),
-        (dict(crs="EPSG:4326", origin=(13.0, 46.0)), Declared(), "degrees"),
-        (dict(), Declared(bands=("B02", "B03", "B08")), "no band B04"),
-        (dict(), Declared(bands=("B02", "B03")), "2 names for the 3 bands"),
-        (dict(tell=False), Declared(), "no names"),
-        (dict(), Declared(air=True), "only L2A"),
+        ({"crs": None}, Declared(), "where on the Earth"),
+        ({"crs": "EPSG:4326", "origin": (13.0, 46.0)}, Declared(), "degrees"),
+        ({}, Declared(bands=("B02", "B03", "B08")), "no band B04"),
+        ({}, Declared(bands=("B02", "B03")), "2 names for the 3 bands"),
+        ({"tell": False}, Declared(), "no names"),
+        ({}, Declared(air=True), "only L2A"),
     ]
     for made, declared, why in cases:
         path = write_scene(tmp_path / "scene.tif", mosaic, EUROSAT_RGB, **made)
