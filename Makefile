@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep evaluate release serve load chaos bench profile test prep export lint docs results lab clean
+.PHONY: help setup train sweep recipes evaluate release serve load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ train: setup ## Train on EuroSAT (synthetic tiles where it cannot be had), then 
 
 sweep: setup ## Search for better parameters; the same again goes on; ARGS="--trials 40 --workers 2 -p epochs=4"
 	$(BIN)/eurosat sweep $(ARGS)
+
+recipes: setup ## Train quick and best by five seeds on both splits, and the recipe without each of its parts; hours
+	$(BIN)/papermill nbs/recipes.ipynb runs/recipes.ipynb $(ARGS)
+	$(BIN)/papermill nbs/recipes.ipynb runs/ablation.ipynb -p what ablation $(ARGS)
+	cp runs/recipes/seeds.json nbs/results/recipes.json
+	cp runs/recipes/ablation.json nbs/results/
 
 evaluate: setup ## Evaluate the latest run on its test part; ARGS="--run NAME" for another
 	$(BIN)/eurosat evaluate $(ARGS)
