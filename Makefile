@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep recipes evaluate release serve load chaos bench profile test prep export lint docs results lab clean
+.PHONY: help setup train sweep recipes evaluate release serve monitoring load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ release: setup ## Make a release candidate of the latest run: int8, parity, late
 
 serve: setup ## Serve the model in production, or ARGS="--model runs/latest", on http://127.0.0.1:8000
 	$(BIN)/eurosat serve $(ARGS)
+
+monitoring: setup ## Write the dashboard and Google Cloud's policies from deploy/monitoring/rules.yml
+	$(BIN)/python -c 'from pathlib import Path; from eurosat_mlops.alerts import write_monitoring; write_monitoring(Path("deploy/monitoring"))'
 
 load: setup ## Let many clients ask the service, by locust; ARGS="--users 64", or ARGS="http://host:8000" for one that runs
 	$(BIN)/eurosat load $(ARGS)

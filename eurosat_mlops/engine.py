@@ -24,6 +24,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,11 @@ class ServingModel:
     version: str  # the bundle's id, 64 hex digits
     alias: str  # what it was asked for as: an alias or id in the registry, or the name of a folder
     classifier: Classifier
+
+    @property
+    def created(self) -> float:  # s since 1970
+        "When its bundle was made."
+        return datetime.fromisoformat(self.classifier.bundle.info["created"]).timestamp()
 
 
 def open_model(

@@ -205,6 +205,7 @@ class _Recording:
         watch = self.telemetry.metrics.watch
         watch("eurosat_queue_tiles", "Tiles that wait", lambda: engine.pump.waiting)
         watch("eurosat_journal_lag_rows", "Rows that wait for their commit", lambda: journal.lag if journal else 0)
+        watch("eurosat_model_created_timestamp_seconds", "When the model was made", lambda: engine.active.created)
         watch("eurosat_held_bytes", "Bytes of bodies that are being received", lambda: self.held.bytes)
 
     async def _record(
