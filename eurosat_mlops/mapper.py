@@ -21,7 +21,14 @@ from .maps import LandCover, area_table, make_cover, write_areas, write_layers, 
 from .predict import Classifier
 from .products import Declared, open_scene
 from .scene import Scene, check_scene, scene_stamp
-from .views import draw_preview, find_regions, write_geojson, write_geoparquet, write_page
+from eurosat_mlops.views import (
+    draw_preview,
+    find_regions,
+    scene_picture,
+    write_geojson,
+    write_geoparquet,
+    write_page,
+)
 from .windows import WindowGrid
 
 # %% ../nbs/86_mapper.ipynb #claim
@@ -91,9 +98,10 @@ def _write_files(
     write_geojson(out / "regions.geojson", regions, cover)
     write_geoparquet(out / "regions.parquet", regions, cover)
     note = f"{scene.name}, {scene.level or 'level unknown'}; model {model.bundle.id[:12]}, eurosat_mlops {__version__}"
-    draw_preview(scene, cover, model.contract, note).save(out / "preview.png", optimize=True)
+    picture = scene_picture(scene, model.contract)
+    draw_preview(picture, cover, note).save(out / "preview.png", optimize=True)
     told = {name.replace("_", " ").capitalize(): value for name, value in facts.items()}
-    write_page(out / "map.html", scene, cover, model.contract, told)
+    write_page(out / "map.html", scene.name, picture, cover, told)
     named = ("areas.csv", "regions.geojson", "regions.parquet", "preview.png", "map.html")
     return [*layers, *(out / name for name in named)]
 

@@ -124,9 +124,7 @@ def scene_picture(
     step = max(1, -(-max(scene.shape) // longest))
     with BlockReader(scene, contract) as reader:
         strips = [
-            reader.bytes_of(top, 0, min(64 * step, scene.height - top), scene.width)[
-                step // 2 :: step, step // 2 :: step
-            ]
+            reader.bytes_of(top, 0, min(64 * step, scene.height - top), scene.width, step)
             for top in range(0, scene.height, 64 * step)
         ]
     pixels = np.concatenate(strips)[..., : 3 if len(contract.bands) >= 3 else 1]
@@ -175,14 +173,12 @@ def legend_rows(cover: LandCover) -> list[tuple[str, str, str]]:  # colour, name
 
 # %% ../nbs/85_views.ipynb #preview
 def draw_preview(
-    scene: Scene,
+    picture: Image.Image,  # of the scene, from `scene_picture`
     cover: LandCover,
-    contract: InputContract,
     note: str,  # a line under the pictures
     width: int = 640,  # px, of each picture
 ) -> Image.Image:
     "The scene, the map and the legend side by side."
-    picture = scene_picture(scene, contract, 2 * width)
     size = width, max(1, round(width * cover.shape[0] / cover.shape[1]))
     scene_side = picture.resize(size, Image.Resampling.LANCZOS)
     legend, pad = legend_rows(cover), 16
@@ -221,15 +217,14 @@ def _hash(text: str) -> str:
 
 def write_page(
     path: Path,
-    scene: Scene,
+    title: str,
+    picture: Image.Image,  # of the scene, from `scene_picture`
     cover: LandCover,
-    contract: InputContract,
     facts: dict[str, str],  # name -> what the reader should know, shown below the legend
 ) -> None:
     "One self-contained HTML page: the map over the scene, to move, to zoom, to see through."
     page = files("eurosat_mlops") / "page_files"
     style, script, frame = (page.joinpath(f"map.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
-    picture = scene_picture(scene, contract, 1600)
     flat = Image.new("RGB", picture.size, "#DDE1E4")
     flat.paste(picture, mask=picture)
     rows = legend_rows(cover)
@@ -240,7 +235,7 @@ def write_page(
     )
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     values = {
-        "title": html.escape(scene.name),
+        "title": html.escape(title),
         "style": style,
         "script": script,
         "legend": items,
