@@ -54,14 +54,16 @@ def augment_tiles(
     generator: torch.Generator,  # on the device of the tiles
     shift: int = 4,  # px, the most a tile moves along either axis; less than its side
     symmetry: str = "square",  # its 8 symmetries, mirror (left and right), or none
+    among: tuple[int, slice] | None = None,  # these are that part of so many tiles, and get the draws they get there
 ) -> Tensor:  # same shape and type, in new memory
     "Turn or mirror each tile by a random one of its symmetries and shift it."
     n, size = tiles.shape[:2]
+    drawn, own = among or (n, slice(None))
     if symmetry == "square":
-        turned = torch.rand(n, 1, 1, 1, generator=generator, device=tiles.device) < 0.5
+        turned = torch.rand(drawn, 1, 1, 1, generator=generator, device=tiles.device)[own] < 0.5
         tiles = torch.where(turned, tiles.transpose(1, 2), tiles)
-    rows = _axis_index(n, size, shift, generator, symmetry == "square")
-    columns = _axis_index(n, size, shift, generator, symmetry != "none")
+    rows = _axis_index(drawn, size, shift, generator, symmetry == "square")[own]
+    columns = _axis_index(drawn, size, shift, generator, symmetry != "none")[own]
     return tiles[torch.arange(n, device=tiles.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -139,12 +141,12 @@ def _augmented(loader: Any, tiles: Tensor, n: int) -> Tensor:
     "The tiles by the draws that they would get among all n of the batch."
     if loader.augment is None:
         return tiles
-    own, whole = _own(n, loader.share), tiles
-    if len(tiles) < n:
-        whole = tiles.new_zeros(n, *tiles.shape[1:])
-        whole[own] = tiles
-    augmented: Tensor = loader.augment(whole, loader.draws)[own]
-    return augmented
+    own = _own(n, loader.share)
+    if loader.mixes or loader.share[1] == 1:  # the whole batch is here
+        augmented: Tensor = loader.augment(tiles, loader.draws)[own]
+        return augmented
+    share: Tensor = loader.augment(tiles, loader.draws, among=(n, own))
+    return share
 
 
 # %% ../nbs/12_batch.ipynb #tile-loader
@@ -157,7 +159,7 @@ class TileLoader:
         labels: Tensor,  # int64, shape (N,)
         bs: int,
         shuffle: bool = False,  # a new order each epoch, and no odd last batch
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        augment: Callable[..., Tensor] | None = None,  # such as `augment_tiles`
         seed: int = 0,  # of order and augmentation
         weights: Tensor | None = None,  # float64 (N,): an epoch draws its rows by these, with replacement
         mixes: bool = False,  # whether `augment` makes a tile of others of its batch too
@@ -257,8 +259,10 @@ def make_loaders(
     )
 
 
-def _augment(tiles: Tensor, generator: torch.Generator, shift: int, symmetry: str, colours: float) -> Tensor:
-    tiles = augment_tiles(tiles, generator, shift, symmetry)
+def _augment(
+    tiles: Tensor, generator: torch.Generator, shift: int, symmetry: str, colours: float, among: Any = None
+) -> Tensor:
+    tiles = augment_tiles(tiles, generator, shift, symmetry, among)
     return exchange_colours(tiles, generator, colours) if colours else tiles
 
 
