@@ -8,6 +8,8 @@ __all__ = [
     "augment_tiles",
     "exchange_colours",
     "read_ahead",
+    "announce",
+    "read_rows",
     "TileLoader",
     "class_weights",
     "free_memory",
@@ -16,6 +18,7 @@ __all__ = [
 
 # %% ../nbs/12_batch.ipynb #imports
 import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +105,31 @@ def read_ahead(
             yield waiting.popleft().result()
 
 
+# %% ../nbs/12_batch.ipynb #announce
+def announce(
+    tiles: TileRows,
+    rows: np.ndarray,  # int64 (n,), which of them
+) -> None:
+    "Let the system fetch the pages of these rows at once and no others; does nothing without a memory map."
+    whole: Any = tiles.tiles
+    if not isinstance(whole, np.memmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    mapped: Any = whole._mmap
+    first, size = whole.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data, whole.strides[0]
+    for row in tiles.rows[rows].tolist():
+        start = (first + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, start, first + (row + 1) * size - start)
+
+
+def read_rows(
+    tiles: TileRows,
+    rows: np.ndarray,  # int64 (n,), which of them
+) -> np.ndarray:  # uint8 (n, S, S, C)
+    "The tiles of these rows, announced before they are read."
+    announce(tiles, rows)
+    return tiles[rows]
+
+
 # %% ../nbs/12_batch.ipynb #loader-reads
 def _epoch_rows(n: int, shuffle: bool, weights: Tensor | None, generator: torch.Generator) -> Tensor:
     "Row numbers of one epoch in their order; with weights they are drawn, and may come twice."
@@ -115,7 +143,7 @@ def _epoch_rows(n: int, shuffle: bool, weights: Tensor | None, generator: torch.
 def _read_batches(tiles: Tensor | TileRows, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
     if isinstance(tiles, Tensor):
         return (tiles[rows] for rows in batches)
-    return read_ahead(lambda rows: torch.from_numpy(tiles[rows.cpu().numpy()]).to(device), iter(batches))
+    return read_ahead(lambda rows: torch.from_numpy(read_rows(tiles, rows.cpu().numpy())).to(device), iter(batches))
 
 
 # %% ../nbs/12_batch.ipynb #own-rows
