@@ -1749,6 +1749,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'eurosat_mlops/training_verbs.py'),
                                               'eurosat_mlops.training_verbs.NotebookJob.stop': ( 'training_verbs.html#notebookjob.stop',
                                                                                                  'eurosat_mlops/training_verbs.py'),
+                                              'eurosat_mlops.training_verbs._bench': ( 'training_verbs.html#_bench',
+                                                                                       'eurosat_mlops/training_verbs.py'),
                                               'eurosat_mlops.training_verbs._execute': ( 'training_verbs.html#_execute',
                                                                                          'eurosat_mlops/training_verbs.py'),
                                               'eurosat_mlops.training_verbs._fetch': ( 'training_verbs.html#_fetch',

@@ -181,7 +181,7 @@ class Race(Clock):
         if self.images - self.seen >= self.every or self.seconds - self.at >= self.limit / 4:
             self.judge()
             if self.seconds >= self.limit:
-                raise Enough
+                raise Enough("its time is up")  # fastai wants words
             self.on()
 
     def judge(self) -> None:
@@ -219,7 +219,7 @@ class Stretches(Clock):
             self.link.send(self.images / self.seconds)
             self.wanted = self.link.recv()
             if self.wanted is None:
-                raise Enough
+                raise Enough("no more was wanted")
             self._again(warm=False)
 
 
@@ -319,7 +319,8 @@ def train_loop(
     clock.on()
     device, classes = task.device(), len(list((task.folder / "train").iterdir()))
     layout = torch.channels_last if parts.channels_last else torch.contiguous_format
-    model: Any = plain_network(parts.arch, classes).to(device, memory_format=layout)
+    network: Any = plain_network(parts.arch, classes)
+    model = network.to(device, memory_format=layout)
     loader, predict = _batches(task, parts), asks(model, _normalised)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=task.epochs * len(loader))
@@ -397,7 +398,7 @@ def train_lightning(task: Task, clock: Clock) -> None:
     "Lightning's Trainer, AdamW, one cycle, 32 bit."
     L = _lightning()
 
-    class Classifier(L.LightningModule):  # type: ignore[name-defined, misc]
+    class Classifier(L.LightningModule):  # type: ignore[name-defined]
         def __init__(self, classes: int):
             super().__init__()
             self.network = plain_network("resnet18", classes)
@@ -411,7 +412,7 @@ def train_lightning(task: Task, clock: Clock) -> None:
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    class Tell(L.Callback):  # type: ignore[name-defined, misc]
+    class Tell(L.Callback):  # type: ignore[name-defined]
         def on_train_batch_end(self, _: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
             clock.step(len(batch[1]), asks(module.network, _normalised))
 
