@@ -380,9 +380,8 @@ def train_fastai(
         x = tiles.permute(0, 3, 1, 2).float() / 255
         return F.interpolate(x, (size, size), mode="bilinear", align_corners=False) if size else x
 
-    learner.remove_cb("ProgressCallback")
-    learner.logger = lambda *_: None
-    learner.fit_one_cycle(task.epochs, cbs=[Beat(clock, lambda learn: asks(learn.model, prepare))])
+    with learner.no_bar():
+        learner.fit_one_cycle(task.epochs, cbs=[Beat(clock, lambda learn: asks(learn.model, prepare))])
 
 
 # %% ../nbs/66_peers.ipynb #lightning

@@ -97,9 +97,9 @@ def test_a_target_that_was_not_reached_is_said() -> None:
 
 def test_a_race_runs_in_a_process_of_its_own_and_a_failing_peer_says_why(task: Task, tmp_path: Path) -> None:
     found = run_race("plain loop, resnet18", task, 600.0)
-    assert found["images"] == 32 and found["memory_mb"] > 100 and found["joules"] is None
-    assert len(found["curve"]) == 4 and found["energy"].startswith("not measured")
-    with pytest.raises(EurosatError, match="plain loop, resnet18: .*tiles.npy"):
+    assert found["images"] == 40 and found["memory_mb"] > 100 and found["joules"] is None
+    assert len(found["curve"]) >= 2 and found["energy"].startswith("not measured")
+    with pytest.raises(EurosatError, match=r"plain loop, resnet18: .*tiles\.npy"):
         run_race("plain loop, resnet18", replace(task, folder=tmp_path), 600.0)
     with pytest.raises(EurosatError, match="peer: got 'someone'"), running("someone", task):
         pass
