@@ -114,7 +114,7 @@ def announce(
     whole: Any = tiles.tiles
     if not isinstance(whole, np.memmap) or not hasattr(mmap, "MADV_WILLNEED"):
         return
-    mapped: Any = whole._mmap
+    mapped: Any = whole._mmap  # type: ignore[attr-defined]
     first, size = whole.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data, whole.strides[0]
     for row in tiles.rows[rows].tolist():
         start = (first + row * size) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -319,6 +319,7 @@ def measure_shares(
         for start in range(0, tiles, 1000):
             written[start : start + 1000] = rng.integers(0, 256, written[start : start + 1000].shape, np.uint8)
         written.flush()
+        del written  # what is mapped is not forgotten
         whole = np.load(path, mmap_mode="r")
         order = rng.permutation(tiles)
         ways = [(of, announced) for announced in (False, True) for of in processes]
