@@ -54,7 +54,7 @@ monitoring: setup ## Write the dashboard and Google Cloud's policies from deploy
 load: setup ## Let many clients ask the service, by locust; ARGS="--users 64", or ARGS="http://host:8000" for one that runs
 	$(BIN)/eurosat load $(ARGS)
 
-bench: setup ## Measure the service: speed, overload, memory, and a plain service to compare; ARGS="--soak-minutes 30"
+bench: setup ## Measure the service beside a plain one, and training beside fastai, Lightning and a plain loop; ARGS="--no-training"
 	$(BIN)/eurosat bench $(ARGS)
 
 test: setup ## Run every notebook, then the tests, which must cover 90 % of the package
@@ -93,7 +93,8 @@ results: setup ## Train, evaluate and release both splits of EuroSAT, measure th
 	done
 	set -e; model=$$(ls -d runs/*-random | tail -n 1); \
 		$(BIN)/eurosat bench --model $$model --soak-minutes 30; \
-		cp $$(ls -d runs/*-benchmark | tail -n 1)/benchmark.json nbs/results/; \
+		cp $$(ls -d runs/*Z-benchmark | tail -n 1)/benchmark.json nbs/results/; \
+		cp $$(ls -d runs/*-training-benchmark | tail -n 1)/training_benchmark.json nbs/results/; \
 		$(BIN)/eurosat chaos --model $$model || true; \
 		cp $$(ls -d runs/*-chaos | tail -n 1)/chaos.json nbs/results/
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace --execute nbs/index.ipynb

@@ -8,6 +8,8 @@ __all__ = [
     "augment_tiles",
     "exchange_colours",
     "read_ahead",
+    "announce",
+    "read_rows",
     "TileLoader",
     "class_weights",
     "free_memory",
@@ -16,6 +18,7 @@ __all__ = [
 
 # %% ../nbs/12_batch.ipynb #imports
 import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,14 +57,16 @@ def augment_tiles(
     generator: torch.Generator,  # on the device of the tiles
     shift: int = 4,  # px, the most a tile moves along either axis; less than its side
     symmetry: str = "square",  # its 8 symmetries, mirror (left and right), or none
+    among: tuple[int, slice] | None = None,  # these are that part of so many tiles, and get the draws they get there
 ) -> Tensor:  # same shape and type, in new memory
     "Turn or mirror each tile by a random one of its symmetries and shift it."
     n, size = tiles.shape[:2]
+    drawn, own = among or (n, slice(None))
     if symmetry == "square":
-        turned = torch.rand(n, 1, 1, 1, generator=generator, device=tiles.device) < 0.5
+        turned = torch.rand(drawn, 1, 1, 1, generator=generator, device=tiles.device)[own] < 0.5
         tiles = torch.where(turned, tiles.transpose(1, 2), tiles)
-    rows = _axis_index(n, size, shift, generator, symmetry == "square")
-    columns = _axis_index(n, size, shift, generator, symmetry != "none")
+    rows = _axis_index(drawn, size, shift, generator, symmetry == "square")[own]
+    columns = _axis_index(drawn, size, shift, generator, symmetry != "none")[own]
     return tiles[torch.arange(n, device=tiles.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -100,6 +105,31 @@ def read_ahead(
             yield waiting.popleft().result()
 
 
+# %% ../nbs/12_batch.ipynb #announce
+def announce(
+    tiles: TileRows,
+    rows: np.ndarray,  # int64 (n,), which of them
+) -> None:
+    "Let the system fetch the pages of these rows at once and no others; does nothing without a memory map."
+    whole: Any = tiles.tiles
+    if not isinstance(whole, np.memmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    mapped: Any = whole._mmap  # type: ignore[attr-defined]
+    first, size = whole.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data, whole.strides[0]
+    for row in tiles.rows[rows].tolist():
+        start = (first + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, start, first + (row + 1) * size - start)
+
+
+def read_rows(
+    tiles: TileRows,
+    rows: np.ndarray,  # int64 (n,), which of them
+) -> np.ndarray:  # uint8 (n, S, S, C)
+    "The tiles of these rows, announced before they are read."
+    announce(tiles, rows)
+    return tiles[rows]
+
+
 # %% ../nbs/12_batch.ipynb #loader-reads
 def _epoch_rows(n: int, shuffle: bool, weights: Tensor | None, generator: torch.Generator) -> Tensor:
     "Row numbers of one epoch in their order; with weights they are drawn, and may come twice."
@@ -113,7 +143,7 @@ def _epoch_rows(n: int, shuffle: bool, weights: Tensor | None, generator: torch.
 def _read_batches(tiles: Tensor | TileRows, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
     if isinstance(tiles, Tensor):
         return (tiles[rows] for rows in batches)
-    return read_ahead(lambda rows: torch.from_numpy(tiles[rows.cpu().numpy()]).to(device), iter(batches))
+    return read_ahead(lambda rows: torch.from_numpy(read_rows(tiles, rows.cpu().numpy())).to(device), iter(batches))
 
 
 # %% ../nbs/12_batch.ipynb #own-rows
@@ -139,12 +169,12 @@ def _augmented(loader: Any, tiles: Tensor, n: int) -> Tensor:
     "The tiles by the draws that they would get among all n of the batch."
     if loader.augment is None:
         return tiles
-    own, whole = _own(n, loader.share), tiles
-    if len(tiles) < n:
-        whole = tiles.new_zeros(n, *tiles.shape[1:])
-        whole[own] = tiles
-    augmented: Tensor = loader.augment(whole, loader.draws)[own]
-    return augmented
+    own = _own(n, loader.share)
+    if loader.mixes or loader.share[1] == 1:  # the whole batch is here
+        augmented: Tensor = loader.augment(tiles, loader.draws)[own]
+        return augmented
+    share: Tensor = loader.augment(tiles, loader.draws, among=(n, own))
+    return share
 
 
 # %% ../nbs/12_batch.ipynb #tile-loader
@@ -157,7 +187,7 @@ class TileLoader:
         labels: Tensor,  # int64, shape (N,)
         bs: int,
         shuffle: bool = False,  # a new order each epoch, and no odd last batch
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        augment: Callable[..., Tensor] | None = None,  # such as `augment_tiles`
         seed: int = 0,  # of order and augmentation
         weights: Tensor | None = None,  # float64 (N,): an epoch draws its rows by these, with replacement
         mixes: bool = False,  # whether `augment` makes a tile of others of its batch too
@@ -257,8 +287,10 @@ def make_loaders(
     )
 
 
-def _augment(tiles: Tensor, generator: torch.Generator, shift: int, symmetry: str, colours: float) -> Tensor:
-    tiles = augment_tiles(tiles, generator, shift, symmetry)
+def _augment(
+    tiles: Tensor, generator: torch.Generator, shift: int, symmetry: str, colours: float, among: Any = None
+) -> Tensor:
+    tiles = augment_tiles(tiles, generator, shift, symmetry, among)
     return exchange_colours(tiles, generator, colours) if colours else tiles
 
 

@@ -97,7 +97,7 @@ VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and ru
     "serve": ("answer over HTTP, with a page, metrics and a record", "serving_verbs"),
     "load": ("let many clients ask a service, and report what they met with", "load"),
     "chaos": ("do harm to the service, and hold it to what it promises", "trial_verbs"),
-    "bench": ("measure the service: runs benchmark.ipynb", "training_verbs"),
+    "bench": ("measure service and training: runs benchmark.ipynb", "training_verbs"),
     "doctor": ("check this machine and this project", "cli"),
 }
 

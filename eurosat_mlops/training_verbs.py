@@ -324,30 +324,43 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     "Give `bench` its flags."
     text = "a bundle's or a run's folder, an alias or an id (default: production, without one the latest run)"
     parser.add_argument("--model", default="", help=text)
-    parser.add_argument("--seconds", type=float, help="of each measurement")
+    parser.add_argument("--seconds", type=float, help="of each measurement of the service")
     parser.add_argument("--soak-minutes", type=float, help="how long memory is watched under load; 0 leaves it out")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", default=None, help="do not measure the plain service"
     )
+    for flag, text in (("--limit", "each peer"), ("--limit-224", "the one at 224 px")):
+        parser.add_argument(flag, type=float, help=f"seconds of training that {text} has (default: 150)")
+    for part in ("service", "training"):
+        parser.add_argument(f"--no-{part}", dest=part, action="store_false", help="measure the other part alone")
 
 
 def run_bench(given: argparse.Namespace) -> int:
-    "Run benchmark.ipynb, and say which promises are kept on this machine."
+    "Run benchmark.ipynb and training_benchmark.ipynb; say which promises are kept and which goals are reached."
     from eurosat_mlops.load import choose_model
 
     settings = load_settings()
-    model = choose_model(given.model, settings).absolute()
-    folder = reserve_run(settings, "benchmark").absolute()
-    names = ("seconds", "soak_minutes", "peers")
-    chosen = {name: value for name in names if (value := getattr(given, name)) is not None}
-    run_notebook("benchmark", folder, {"model": str(model), "out": str(folder)} | chosen)
-    for row in read_json(folder / "benchmark.json")["promises"]:
-        said = {None: "not measured", True: "kept", False: "NOT KEPT"}[row["kept"]]
-        found = "-" if row["found"] is None else f"{row['found']:,.3g}"
-        print(f"{said:<13}{row['what']:<72}{found:>8}, {row['sign']} {row['limit']}")
-    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"notebook     {shown / 'benchmark.ipynb'}\nfigures      {shown / 'benchmark.json'}")
+    chosen = {name: value for name, value in vars(given).items() if value is not None}
+    if given.service:
+        model = str(choose_model(given.model, settings).absolute())
+        flags = {name: chosen[name] for name in ("seconds", "soak_minutes", "peers") if name in chosen}
+        _bench("benchmark", settings, {"model": model} | flags)
+    if given.training:
+        _bench("training_benchmark", settings, {n: chosen[n] for n in ("limit", "limit_224") if n in chosen})
     return 0
+
+
+# %% ../nbs/55_training_verbs.ipynb #bench-notebook
+def _bench(name: str, settings: Settings, parameters: dict[str, Any]) -> None:
+    folder = reserve_run(settings, name.replace("_", "-")).absolute()
+    run_notebook(name, folder, {"out": str(folder)} | parameters)
+    found = read_json(folder / f"{name}.json")
+    for row in found.get("promises", found.get("goals")):
+        said = {None: "not measured", True: "kept", False: "NOT KEPT"}[row["kept"]]
+        value = "-" if row["found"] is None else f"{row['found']:,.3g}"
+        print(f"{said:<13}{row['what']:<72}{value:>8}, {row['sign']} {row['limit']}")
+    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"notebook     {shown / f'{name}.ipynb'}\nfigures      {shown / f'{name}.json'}")
 
 
 # %% ../nbs/55_training_verbs.ipynb #data-verb

@@ -96,7 +96,7 @@ def bench(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_short_benchmark_measures_everything(bundle_folder: Path, tmp_path: Path) -> None:
-    words = ("--model", str(bundle_folder), "--seconds", "0.2", "--soak-minutes", "0.03", "--no-peers")
+    words = ("--model", str(bundle_folder), "--seconds", "0.2", "--soak-minutes", "0.03", "--no-peers", "--no-training")
     done = bench(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").iterdir()
