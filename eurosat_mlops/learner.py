@@ -82,7 +82,7 @@ class Recipe:
     labels: float = parameter(
         0.0,
         "labelled tiles to learn from, 0 for all; fewer are repeated",
-        "0, a share below 1, or a whole number of tiles a class",
+        "0, a share below 1, or a number a class",
         lambda v: 0 <= v < 1 or v == int(v) > 0,
     )
     arch: str = parameter("tilenet_s", "network", "tilenet_s or any timm model name", lambda v: bool(check_arch(v)))

@@ -110,7 +110,7 @@ def harmed(folder: Path, harm: str) -> Path:
         ("strange argument", "could not be made.*padding_of_another_kind"),
         ("cut weights", "could not be made"),
         ("half the weights", "do not fit its config.json"),
-        ("code", "could not be made: Weights only load failed"),
+        ("code", "could not be made: weights_only=True blocked"),
         ("", "use arch=mobilenetv2_035"),
     ],
 )
