@@ -691,6 +691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'eurosat_mlops.learner.GrowSize.before_validate': ( 'learner.html#growsize.before_validate',
                                                                                            'eurosat_mlops/learner.py'),
                                        'eurosat_mlops.learner.Recipe': ('learner.html#recipe', 'eurosat_mlops/learner.py'),
+                                       'eurosat_mlops.learner.Start': ('learner.html#start', 'eurosat_mlops/learner.py'),
                                        'eurosat_mlops.learner.TrainConfig': ('learner.html#trainconfig', 'eurosat_mlops/learner.py'),
                                        'eurosat_mlops.learner.TrainConfig.__post_init__': ( 'learner.html#trainconfig.__post_init__',
                                                                                             'eurosat_mlops/learner.py'),

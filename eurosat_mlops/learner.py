@@ -8,6 +8,7 @@ __all__ = [
     "RARE",
     "parameter",
     "one_of",
+    "Start",
     "Recipe",
     "TrainConfig",
     "config_from",
@@ -67,13 +68,10 @@ def one_of(default: str, help: str, *choices: str) -> Any:
     return parameter(default, help, " or ".join(choices), lambda v: v in choices)
 
 
-# %% ../nbs/24_learner.ipynb #recipe
-BALANCES = ("none", "sampling", "loss")
-
-
+# %% ../nbs/24_learner.ipynb #start
 @dataclass(frozen=True)
-class Recipe:
-    "What is learned, from what, and how."
+class Start:
+    "What is learnt from, and what learns."
 
     data: str = parameter(
         "auto", "tiles to train on", "auto, eurosat, synthetic, a path, a URL, hf:owner/name or kaggle:owner/name", bool
@@ -106,6 +104,16 @@ class Recipe:
     size: int = parameter(
         0, "side of a tile, px, 0 for the pictures' own", "0, or 16 to 512", lambda v: v == 0 or 16 <= v <= 512
     )
+
+
+# %% ../nbs/24_learner.ipynb #recipe
+BALANCES = ("none", "sampling", "loss")
+
+
+@dataclass(frozen=True)
+class Recipe(Start):
+    "How it learns."
+
     epochs: int = parameter(16, "passes over the training part", "1 to 10000", lambda v: 1 <= v <= 10000)
     optimizer: str = one_of("adamw", "what moves the weights", "adamw", "muon")
     lr: float = parameter(0.01, "highest learning rate", "a number above 0 and at most 10", lambda v: 0 < v <= 10)

@@ -275,6 +275,26 @@ def _check_folder(folder: Path, trunk: Any) -> None:
         )
 
 
+# %% ../nbs/20_models.ipynb #create-trunk
+def _of_folder(folder: Path, arch: str) -> dict[str, Any]:
+    _, own, given = read_folder(folder)
+    if own.split(".")[0] != arch.split(".")[0]:
+        raise EurosatError(f"arch: got {arch}, but the weights in {folder.name} are of {own}; use arch={own}")
+    return given
+
+
+def _create(name: str, size: int, options: dict[str, Any], words: str) -> Any:
+    try:
+        try:  # transformers are built for one size; most other networks know no such parameter
+            return timm.create_model(name, **{**options, "img_size": size})
+        except TypeError:
+            return timm.create_model(name, **options)
+    except EurosatError:
+        raise
+    except Exception as error:  # of timm, of the hub, or of what reads the file
+        raise EurosatError(f"arch: {words} could not be made: {' '.join(str(error).split())[:200]}") from None
+
+
 # %% ../nbs/20_models.ipynb #build-model
 def build_model(
     arch: str,  # a timm model name
@@ -307,25 +327,6 @@ def build_model(
     model = TileClassifier(trunk, scale.get("mean", centre), scale.get("std", std), side)
     model.model_args = given
     return model
-
-
-def _of_folder(folder: Path, arch: str) -> dict[str, Any]:
-    _, own, given = read_folder(folder)
-    if own.split(".")[0] != arch.split(".")[0]:
-        raise EurosatError(f"arch: got {arch}, but the weights in {folder.name} are of {own}; use arch={own}")
-    return given
-
-
-def _create(name: str, size: int, options: dict[str, Any], words: str) -> Any:
-    try:
-        try:  # transformers are built for one size; most other networks know no such parameter
-            return timm.create_model(name, **{**options, "img_size": size})
-        except TypeError:
-            return timm.create_model(name, **options)
-    except EurosatError:
-        raise
-    except Exception as error:  # of timm, of the hub, or of what reads the file
-        raise EurosatError(f"arch: {words} could not be made: {' '.join(str(error).split())[:200]}") from None
 
 
 # %% ../nbs/20_models.ipynb #layer-rates
