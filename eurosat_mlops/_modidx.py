@@ -870,6 +870,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.TileClassifier.forward': ( 'models.html#tileclassifier.forward',
                                                                                        'eurosat_mlops/models.py'),
+                                      'eurosat_mlops.models.TileClassifier.resize': ( 'models.html#tileclassifier.resize',
+                                                                                      'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.TileNet': ('models.html#tilenet', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.TileNet.__init__': ('models.html#tilenet.__init__', 'eurosat_mlops/models.py'),
                                       'eurosat_mlops.models.TileNet.forward': ('models.html#tilenet.forward', 'eurosat_mlops/models.py'),

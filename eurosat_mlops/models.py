@@ -162,12 +162,16 @@ class TileClassifier(nn.Module):
         self.precision = torch.float32
         self.model_args: dict[str, Any] = {}  # what timm made the trunk with, beside its name
 
+    def resize(self, x: Tensor) -> Tensor:
+        "(N, C, H, W) as large as the trunk sees it."
+        if self.side in (0, x.shape[-1]):
+            return x
+        smaller = self.side < x.shape[-1]
+        return F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=smaller)
+
     def embed(self, tiles: Tensor) -> Tensor:
         "Embedding (N, D), float32: what the classifier layer sees."
-        x = (tiles.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        if self.side and self.side != x.shape[-1]:
-            smaller = self.side < x.shape[-1]
-            x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=smaller)
+        x = self.resize((tiles.permute(0, 3, 1, 2).float() - self.mean) / self.std)
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not torch.float32):
             return self.trunk.forward_head(self.trunk.forward_features(x), pre_logits=True).float()
 

@@ -304,6 +304,6 @@ def test_the_experiments_build_and_learn_at_their_size(project, name):
     model = build_model(config.arch, 10, *STATISTICS, size=64, side=config.input_size)
     _, shares = layer_groups(model, config.layer_decay)
     assert min(shares) < 0.5 < max(shares) == 1
-    tiles = make_synthetic(per_class=1).tiles[:2]
+    tiles = make_synthetic(per_class=3).tiles[:2]
     nn.functional.cross_entropy(model(torch.from_numpy(tiles)), torch.tensor([0, 1])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
