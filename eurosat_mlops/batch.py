@@ -131,13 +131,14 @@ def read_rows(
 
 
 # %% ../nbs/12_batch.ipynb #loader-reads
-def _epoch_rows(n: int, shuffle: bool, weights: Tensor | None, generator: torch.Generator) -> Tensor:
-    "Row numbers of one epoch in their order; with weights they are drawn, and may come twice."
-    if not shuffle:
+def _epoch_rows(loader: Any) -> Tensor:
+    "Row numbers of one epoch in their order; with weights they are drawn, and of few rows each comes often."
+    rows, n = len(loader.tiles), loader.n
+    if not loader.shuffle:
         return torch.arange(n)
-    if weights is None:
-        return torch.randperm(n, generator=generator)
-    return torch.multinomial(weights, n, replacement=True, generator=generator)
+    if loader.weights is None:
+        return torch.cat([torch.randperm(rows, generator=loader.order) for _ in range(-(-n // rows))])[:n]
+    return torch.multinomial(loader.weights, n, replacement=True, generator=loader.order)
 
 
 def _read_batches(tiles: Tensor | TileRows, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
@@ -156,7 +157,7 @@ def _own(n: int, share: tuple[int, int]) -> slice:
 # %% ../nbs/12_batch.ipynb #loader-batches
 def _batches_of(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     "This process's share of each batch of an epoch."
-    order = _epoch_rows(loader.n, loader.shuffle, loader.weights, loader.order).to(loader.device)
+    order = _epoch_rows(loader).to(loader.device)
     batches = order.split(loader.bs)[: len(loader)]
     own = [rows[_own(len(rows), loader.share)] for rows in batches]
     read = _read_batches(loader.tiles, batches if loader.mixes else own, loader.device)
@@ -191,8 +192,9 @@ class TileLoader:
         seed: int = 0,  # of order and augmentation
         weights: Tensor | None = None,  # float64 (N,): an epoch draws its rows by these, with replacement
         mixes: bool = False,  # whether `augment` makes a tile of others of its batch too
+        length: int = 0,  # rows of an epoch that shuffles, each of which may come again and again; 0 for each once
     ):
-        self.dataset, self.tiles, self.labels, self.weights, self.n = self, tiles, labels, weights, len(tiles)
+        self.dataset, self.tiles, self.labels, self.weights, self.n = self, tiles, labels, weights, length or len(tiles)
         self.bs, self.shuffle, self.drop_last, self.augment, self.seed = bs, shuffle, shuffle, augment, seed
         self.order, self.share = torch.Generator().manual_seed(seed), (0, 1)  # this process, of so many
         self.mixes = mixes
@@ -269,10 +271,11 @@ def make_loaders(
     sampling: bool = False,  # draw tiles so that each class comes equally often
     memory: int = 0,  # bytes that tiles may take; 0 is half of `free_memory`
     colours: float = 0.0,  # the most that a tile takes on of another's light, see `exchange_colours`; 0 to 1
+    length: int = 0,  # tiles of an epoch, more than the training part has; 0 for each once
 ) -> DataLoaders:
     "fastai DataLoaders over the training part (shuffled, augmented) and the validation part (as it is)."
     (train, labels), (valid, valid_labels) = (tileset.part(p) for p in ("train", "val"))
-    if len(train) < bs:
+    if max(len(train), length) < bs:
         raise EurosatError(f"bs: got {bs}, but the training part has {len(train)} tiles; use at most that")
     if not 0 <= shift < train.shape[1]:
         raise EurosatError(f"shift: got {shift}, expected 0 to {train.shape[1] - 1} px")
@@ -281,7 +284,7 @@ def make_loaders(
     streamed = _streams(train, valid, memory or free_memory(device) // 2)
     tiles, others = (part if streamed else torch.from_numpy(part[:]) for part in (train, valid))
     larger = at_once(max(bs, 256), train.shape[1])
-    training = TileLoader(tiles, torch.from_numpy(labels), bs, True, augment, seed, weights, colours > 0)
+    training = TileLoader(tiles, torch.from_numpy(labels), bs, True, augment, seed, weights, colours > 0, length)
     return DataLoaders(
         training, TileLoader(others, torch.from_numpy(valid_labels), larger), device=torch.device(device)
     )

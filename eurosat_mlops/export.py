@@ -91,7 +91,7 @@ class ServedGraph(nn.Module):
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         x = tiles.permute(0, 3, 1, 2).float() - self.model.mean
-        x = x / self.model.std if self.scaled else x
+        x = self.model.resize(x / self.model.std if self.scaled else x)
         trunk = self.model.trunk
         embedding = trunk.forward_head(trunk.forward_features(x), pre_logits=True)
         logits = trunk.get_classifier()(embedding)

@@ -8,6 +8,7 @@ __all__ = [
     "RARE",
     "parameter",
     "one_of",
+    "Start",
     "Recipe",
     "TrainConfig",
     "config_from",
@@ -15,6 +16,9 @@ __all__ = [
     "resolve",
     "settle",
     "split_decay",
+    "layer_groups",
+    "group_hypers",
+    "Freeze",
     "make_learner",
     "growing_sizes",
     "GrowSize",
@@ -43,7 +47,8 @@ from torch import nn
 from .batch import SYMMETRIES, class_weights, free_memory, make_loaders
 from .core import EurosatError
 from .data import TileSet
-from .models import build_model, channel_statistics, check_arch
+from .datasets import few_labels
+from .models import build_model, channel_statistics, check_arch, layer_rates, native_size
 from .ranks import bare
 
 
@@ -63,23 +68,30 @@ def one_of(default: str, help: str, *choices: str) -> Any:
     return parameter(default, help, " or ".join(choices), lambda v: v in choices)
 
 
-# %% ../nbs/24_learner.ipynb #recipe
-BALANCES = ("none", "sampling", "loss")
-
-
+# %% ../nbs/24_learner.ipynb #start
 @dataclass(frozen=True)
-class Recipe:
-    "What is learned, from what, and how."
+class Start:
+    "What is learnt from, and what learns."
 
     data: str = parameter(
         "auto", "tiles to train on", "auto, eurosat, synthetic, a path, a URL, hf:owner/name or kaggle:owner/name", bool
     )
     split: str = one_of("random", "EuroSAT's official split; others bring or draw one", "random", "spatial")
+    labels: float = parameter(
+        0.0,
+        "labelled tiles to learn from, 0 for all; fewer are repeated",
+        "0, a share below 1, or a number a class",
+        lambda v: 0 <= v < 1 or v == int(v) > 0,
+    )
     arch: str = parameter("tilenet_s", "network", "tilenet_s or any timm model name", lambda v: bool(check_arch(v)))
-    weights: str = parameter("none", "where to start", "none, pretrained or a file of weights", bool)
+    weights: str = parameter("none", "where to start", "none, pretrained, a file of weights, or a folder of them", bool)
+    freeze: int = parameter(0, "epochs at first in which only the classifier learns", "0 or more", lambda v: v >= 0)
+    layer_decay: float = parameter(
+        1.0, "learning rate of a layer, as a share of the next", "above 0 and at most 1", lambda v: 0 < v <= 1
+    )
     input_size: int = parameter(
         0,
-        "side at which the network sees a tile, px, 0 for its own",
+        "side at which the network sees a tile, px, 0 for that of the weights, or of the tile",
         "0, or 16 to 512",
         lambda v: v == 0 or 16 <= v <= 512,
     )
@@ -92,6 +104,16 @@ class Recipe:
     size: int = parameter(
         0, "side of a tile, px, 0 for the pictures' own", "0, or 16 to 512", lambda v: v == 0 or 16 <= v <= 512
     )
+
+
+# %% ../nbs/24_learner.ipynb #recipe
+BALANCES = ("none", "sampling", "loss")
+
+
+@dataclass(frozen=True)
+class Recipe(Start):
+    "How it learns."
+
     epochs: int = parameter(16, "passes over the training part", "1 to 10000", lambda v: 1 <= v <= 10000)
     optimizer: str = one_of("adamw", "what moves the weights", "adamw", "muon")
     lr: float = parameter(0.01, "highest learning rate", "a number above 0 and at most 10", lambda v: 0 < v <= 10)
@@ -222,7 +244,10 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
     counts = np.bincount(tileset.labels[tileset.parts["train"]])
     rare = counts.max() > RARE * counts[counts > 0].min()
     symmetry = "mirror" if tileset.contract.level == "image" else "square"
-    side = config.input_size or tileset.contract.tile_size
+    if config.patience and config.labels:
+        raise EurosatError(f"patience: got {config.patience}, but of few labels none are left to stop by; leave it out")
+    native = native_size(config.arch, config.weights)
+    side = config.input_size or max(native, tileset.contract.tile_size)
     if side < tileset.contract.tile_size:
         raise EurosatError(f"input_size: got {side}, but tiles have {tileset.contract.tile_size} px; see size instead")
     if config.start_size >= side:
@@ -230,6 +255,7 @@ def settle(config: TrainConfig, tileset: TileSet) -> TrainConfig:
     return replace(
         config,
         size=tileset.contract.tile_size,
+        input_size=side if native else config.input_size,
         symmetry=symmetry if config.symmetry == "auto" else config.symmetry,
         balance=("sampling" if rare else "none") if config.balance == "auto" else config.balance,
     )
@@ -246,17 +272,63 @@ def split_decay(model: Any) -> list[list[nn.Parameter]]:
     return [inner, outer, [p for p in trainable if p.ndim <= 1]]
 
 
-def _muon(groups: list[dict[str, Any]], **hypers: Any) -> Muon:
-    "Muon for the first group of `split_decay`, AdamW at a tenth of its rate for the others."
-    for group in groups[1:]:
+def _muon(groups: list[dict[str, Any]], inner: int, **hypers: Any) -> Muon:
+    "Muon for the first `inner` groups, AdamW at a tenth of its rate for the others."
+    for group in groups[inner:]:
         group["use_fallback"] = True
     return Muon(groups, nesterov=True, fallback_lr_scale=0.1, **hypers)
 
 
-def _optimizer(config: TrainConfig) -> Callable[..., OptimWrapper]:
+def _optimizer(config: TrainConfig, model: Any) -> Callable[..., OptimWrapper]:
     if config.optimizer == "muon":
-        return partial(OptimWrapper, opt=_muon)
+        turned = {id(p) for p in split_decay(model)[0]}
+        inner = sum(id(group[0]) in turned for group in layer_groups(model, config.layer_decay)[0])
+        return partial(OptimWrapper, opt=partial(_muon, inner=inner))
     return partial(OptimWrapper, opt=torch.optim.AdamW, fused=config.device != "mps")
+
+
+# %% ../nbs/24_learner.ipynb #layer-groups
+def layer_groups(
+    model: Any,
+    decay: float = 1.0,  # rate of a layer, as a share of the next one's
+) -> tuple[list[list[nn.Parameter]], list[float]]:  # the groups, and the share of the learning rate of each
+    "The groups of `split_decay`, each split by how fast its parameters learn, the slowest first."
+    shares = layer_rates(model, decay) if decay < 1 else {}
+    found = []
+    for group in split_decay(model):
+        for share in sorted({shares.get(id(p), 1.0) for p in group}):
+            found.append(([p for p in group if shares.get(id(p), 1.0) == share], share))
+    return [group for group, _ in found], [share for _, share in found]
+
+
+def group_hypers(model: Any, config: TrainConfig) -> tuple[list[float], list[float]]:
+    "Learning rate and weight decay of each group."
+    groups, shares = layer_groups(model, config.layer_decay)
+    return [config.lr * share for share in shares], [config.wd if group[0].ndim > 1 else 0.0 for group in groups]
+
+
+class Freeze(Callback):
+    "Let the classifier learn alone in the first epochs; the trunk predicts meanwhile."
+
+    order = 0  # after fastai has put the network into training mode
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def _learn(self, all_of_it: bool) -> None:
+        trunk: Any = bare(self.learn.model).trunk
+        last = {id(p) for p in trunk.get_classifier().parameters()}
+        for p in trunk.parameters():
+            p.requires_grad_(all_of_it or id(p) in last)
+
+    def before_train(self) -> None:
+        self._learn(self.epoch >= self.first)
+        if self.epoch < self.first:
+            network: Any = bare(self.learn.model)
+            network.trunk.eval()
+
+    def after_fit(self) -> None:
+        self._learn(True)
 
 
 # %% ../nbs/24_learner.ipynb #make-learner
@@ -265,12 +337,14 @@ def make_learner(
     tileset: TileSet,
 ) -> Learner:
     "The fastai Learner for this config: seeded, and on its device."
-    config, k = settle(resolve(config), tileset), len(tileset.classes)
+    config, all_tiles, k = settle(resolve(config), tileset), tileset, len(tileset.classes)
+    tileset = few_labels(all_tiles, config.labels, config.seed)
     set_seed(config.seed, reproducible=True)
     own = config.processes if config.device == "cpu" else 1  # a GPU's memory is that of one process
     memory = (config.memory * 1_000_000 or free_memory(config.device) // 2) // own
     where, sampling = (tileset, config.bs, config.device), config.balance == "sampling"
-    dls = make_loaders(*where, config.shift, config.seed, config.symmetry, sampling, memory, config.colours)
+    length = len(all_tiles.parts["train"]) if config.labels else 0
+    dls = make_loaders(*where, config.shift, config.seed, config.symmetry, sampling, memory, config.colours, length)
     pixels = channel_statistics(dls.train.tiles)
     model = build_model(config.arch, k, *pixels, config.weights, config.size, config.input_size)
     model.precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -281,8 +355,8 @@ def make_learner(
         dls,
         model.to(config.device),
         loss_func=nn.CrossEntropyLoss(weights, label_smoothing=config.label_smoothing),
-        opt_func=_optimizer(config),
-        splitter=split_decay,
+        opt_func=_optimizer(config, model),
+        splitter=lambda model: layer_groups(model, config.layer_decay)[0],
         metrics=accuracy,
         default_cbs=False,  # fastai would add its own progress bar
         cbs=[TrainEvalCallback(), Recorder(add_time=False)],

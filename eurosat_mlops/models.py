@@ -15,12 +15,17 @@ __all__ = [
     "check_arch",
     "read_weights",
     "load_trunk",
+    "weights_folder",
+    "read_folder",
+    "native_size",
     "build_model",
+    "layer_rates",
     "channel_statistics",
 ]
 
 # %% ../nbs/20_models.ipynb #imports
 import difflib
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models._hub import load_model_config_from_path, load_state_dict_from_path
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from .core import EurosatError
@@ -97,6 +104,9 @@ class TileNet(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+
 
 # %% ../nbs/20_models.ipynb #tilenet-s
 @timm.models.register_model
@@ -150,13 +160,18 @@ class TileClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         self.precision = torch.float32
+        self.model_args: dict[str, Any] = {}  # what timm made the trunk with, beside its name
+
+    def resize(self, x: Tensor) -> Tensor:
+        "(N, C, H, W) as large as the trunk sees it."
+        if self.side in (0, x.shape[-1]):
+            return x
+        smaller = self.side < x.shape[-1]
+        return F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=smaller)
 
     def embed(self, tiles: Tensor) -> Tensor:
         "Embedding (N, D), float32: what the classifier layer sees."
-        x = (tiles.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        if self.side and self.side != x.shape[-1]:
-            smaller = self.side < x.shape[-1]
-            x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=smaller)
+        x = self.resize((tiles.permute(0, 3, 1, 2).float() - self.mean) / self.std)
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not torch.float32):
             return self.trunk.forward_head(self.trunk.forward_features(x), pre_logits=True).float()
 
@@ -185,7 +200,7 @@ def read_weights(
     "A state dict from a file; nothing but tensors is ever unpickled."
     path = Path(path).expanduser()
     if not path.is_file():
-        raise EurosatError(f"weights: no file {path}; expected none, pretrained or a file of weights")
+        raise EurosatError(f"weights: no file {path}; expected none, pretrained, or a file or folder of weights")
     try:
         return (
             load_file(path)
@@ -204,13 +219,84 @@ def load_trunk(
 ) -> None:
     "Put weights from a file into `trunk`; anything but the classifier must fit."
     stored, own = read_weights(path), trunk.state_dict()
-    last = {n for n, p in trunk.named_parameters() if any(p is q for q in trunk.get_classifier().parameters())}
-    misfits = [n for n in own if n not in last and (n not in stored or stored[n].shape != own[n].shape)]
+    misfits = [n for n in _inner(trunk) if n not in stored or stored[n].shape != own[n].shape]
     if misfits or set(stored) - set(own):
         names = ", ".join((misfits + sorted(set(stored) - set(own)))[:3])
         raise EurosatError(f"weights: {Path(path).name} is of another architecture; it differs in {names}, ...")
     fitting = {n: v for n, v in stored.items() if v.shape == own[n].shape}
     trunk.load_state_dict(fitting, strict=False)
+
+
+def _inner(trunk: Any) -> list[str]:
+    "Names of all that a network holds but its classifier."
+    last = {n for n, p in trunk.named_parameters() if any(p is q for q in trunk.get_classifier().parameters())}
+    return [n for n in trunk.state_dict() if n not in last]
+
+
+# %% ../nbs/20_models.ipynb #read-folder
+def weights_folder(weights: str) -> Path | None:
+    "The folder that is meant, if one is."
+    path = Path(weights).expanduser()
+    return path if weights not in ("none", "pretrained") and path.is_dir() else None
+
+
+def read_folder(
+    folder: Path,  # as timm lays it out for its hub
+) -> tuple[dict[str, Any], str, dict[str, Any]]:  # how the weights were trained, the architecture, its arguments
+    "What config.json in a folder of weights says of them."
+    layout = "expected config.json beside model.safetensors or pytorch_model.bin, as timm saves them for its hub"
+    if not (folder / "config.json").is_file():
+        raise EurosatError(f"weights: no config.json in {folder.name}; {layout}")
+    try:
+        trained, arch, given = load_model_config_from_path(folder)
+        sizes = tuple(int(v) for v in trained.get("input_size", (3, 224, 224)))
+        scales = {k: tuple(float(v) for v in trained[k]) for k in ("mean", "std") if k in trained}
+        if len(sizes) != 3 or min(*sizes, *scales.get("std", (1,))) <= 0 or any(len(v) != 3 for v in scales.values()):
+            raise ValueError(f"input_size {sizes}, {scales}")
+        return trained | {"input_size": sizes} | scales, check_arch(arch), dict(given)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EurosatError(f"weights: config.json in {folder.name} is damaged ({error!r}); {layout}") from None
+
+
+# %% ../nbs/20_models.ipynb #native-size
+def native_size(
+    arch: str,  # a timm model name
+    weights: str,  # none, pretrained, a file or a folder
+) -> int:  # px, 0 if none is known
+    "Side at which those weights saw pictures when they were trained."
+    if folder := weights_folder(weights):
+        return max(read_folder(folder)[0]["input_size"][1:])
+    known = timm.get_pretrained_cfg(arch) if weights == "pretrained" and timm.is_model_pretrained(arch) else None
+    return max(known.input_size[1:]) if known else 0
+
+
+def _check_folder(folder: Path, trunk: Any) -> None:
+    "Refuse weights of which timm would load some, and leave the rest of the network random."
+    stored = load_state_dict_from_path(folder)
+    if missing := [name for name in _inner(trunk) if name not in stored]:
+        raise EurosatError(
+            f"weights: {folder.name} holds no {', '.join(missing[:3])}, ...; its weights do not fit its config.json"
+        )
+
+
+# %% ../nbs/20_models.ipynb #create-trunk
+def _of_folder(folder: Path, arch: str) -> dict[str, Any]:
+    _, own, given = read_folder(folder)
+    if own.split(".")[0] != arch.split(".")[0]:
+        raise EurosatError(f"arch: got {arch}, but the weights in {folder.name} are of {own}; use arch={own}")
+    return given
+
+
+def _create(name: str, size: int, options: dict[str, Any], words: str) -> Any:
+    try:
+        try:  # transformers are built for one size; most other networks know no such parameter
+            return timm.create_model(name, **{**options, "img_size": size})
+        except TypeError:
+            return timm.create_model(name, **options)
+    except EurosatError:
+        raise
+    except Exception as error:  # of timm, of the hub, or of what reads the file
+        raise EurosatError(f"arch: {words} could not be made: {' '.join(str(error).split())[:200]}") from None
 
 
 # %% ../nbs/20_models.ipynb #build-model
@@ -219,33 +305,42 @@ def build_model(
     classes: int,  # K
     mean: tuple[float, ...],  # of the training tiles by channel, 0 to 255
     std: tuple[float, ...],
-    weights: str = "none",  # none (random), pretrained (from timm's hub), or a file
+    weights: str = "none",  # none (random), pretrained (from timm's hub), a file, or a folder in the hub's layout
     size: int = 64,  # px of a tile's side; networks with a fixed grid, such as ViTs, are built for it
     side: int = 0,  # px at which the trunk sees a tile; 0 for as it is
+    model_args: Mapping[str, Any] | None = None,  # what timm makes the trunk with; a folder brings its own
 ) -> TileClassifier:
     "The network of that name with its head for `classes`, its weights and its normalisation."
-    options: dict[str, Any] = {"num_classes": classes, "in_chans": len(mean), "pretrained": weights == "pretrained"}
-    try:
-        trunk = _create(check_arch(arch), side or size, options)
-    except EurosatError:
-        raise
-    except Exception as error:
-        raise EurosatError(
-            f"arch: {arch} with weights={weights!r} could not be made: {str(error).splitlines()[0]}"
-        ) from None
-    if weights not in ("none", "pretrained"):
+    name, folder, given = check_arch(arch), weights_folder(weights), dict(model_args or {})
+    if folder:
+        name, given = f"local-dir:{folder}", _of_folder(folder, arch)
+    options = {
+        **given,
+        "num_classes": classes,
+        "in_chans": len(mean),
+        "pretrained": weights == "pretrained" or bool(folder),
+    }
+    trunk = _create(name, side or size, options, f"{arch} with weights={weights!r}")
+    if folder:
+        _check_folder(folder, trunk)
+    elif weights not in ("none", "pretrained"):
         load_trunk(trunk, weights)
     trained = {} if weights == "none" else getattr(trunk, "pretrained_cfg", {})
     scale = {k: tuple(255 * v for v in trained[k]) for k in ("mean", "std") if k in trained and len(mean) == 3}
     centre = (float(round(sum(mean) / len(mean))),) * len(mean)
-    return TileClassifier(trunk, scale.get("mean", centre), scale.get("std", std), side)
+    model = TileClassifier(trunk, scale.get("mean", centre), scale.get("std", std), side)
+    model.model_args = given
+    return model
 
 
-def _create(arch: str, size: int, options: dict[str, Any]) -> nn.Module:
-    try:  # transformers are built for one size; most other networks know no such parameter
-        return timm.create_model(arch, img_size=size, **options)
-    except TypeError:
-        return timm.create_model(arch, **options)
+# %% ../nbs/20_models.ipynb #layer-rates
+def layer_rates(
+    model: TileClassifier,
+    decay: float,  # rate of a layer, as a share of the next one's
+) -> dict[int, float]:  # id of a parameter -> its share of the learning rate
+    "How fast each parameter learns: the classifier at the full rate, each layer below it slower."
+    groups = param_groups_layer_decay(model.trunk, layer_decay=decay)
+    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 
 
 # %% ../nbs/20_models.ipynb #channel-statistics

@@ -119,7 +119,10 @@ class AddUp(Callback):
 
 # %% ../nbs/15_ranks.ipynb #joined
 @contextmanager
-def joined(learner: Learner) -> Iterator[None]:
+def joined(
+    learner: Learner,
+    idle: bool = False,  # whether some parameters do not learn at times
+) -> Iterator[None]:
     "Inside it the learner trains together with the other processes, if there are some."
     if num_distrib() < 2:
         yield
@@ -139,7 +142,9 @@ def joined(learner: Learner) -> Iterator[None]:
             )
         for loader in loaders:
             loader.share = (rank_distrib(), num_distrib())
-        options = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are alike as it is
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=idle
+        )  # buffers are alike
         distrib = learner.distrib_ctx(sync_bn=False, cpu=cpu, kwargs_handlers=[options])
         with warnings.catch_warnings(), SharedStatistics(), distrib:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")

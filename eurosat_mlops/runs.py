@@ -23,7 +23,6 @@ __all__ = [
 ]
 
 # %% ../nbs/35_runs.ipynb #imports
-import csv
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -52,8 +51,8 @@ from eurosat_mlops.core import (
     recorded,
     write_json,
 )
-from .data import TileRows, TileSet, index_table
-from .datasets import load_tiles
+from .data import TileRows, TileSet
+from .datasets import few_labels, load_tiles, write_rows
 from .export import export_graph, measure_parity, parity_fault
 from .learner import TrainConfig, config_from, make_learner, resolve, settle
 from .meters import measure_energy, profile_callbacks
@@ -151,9 +150,10 @@ def train(
     folder = begun or new_run(settings, config.name, config.out)
     with recorded(settings, folder):
         write_json(folder / "config.json", asdict(config))
-        _write_index(folder, tileset)
+        used = few_labels(tileset, config.labels, config.seed)
+        write_rows(folder, used, config.labels)
         origin = provenance(settings.root)
-        data = describe_data(tileset)
+        data = describe_data(used)
         log.info(f"run {folder.name}: {config.arch} on {data['name']}, split {data['split']}, {machine(config)}")
         with Tracker(folder, mode, asdict(config) | {"data_digest": tileset.digest, **origin}) as tracker:
             learner, history, training = _fit(config, tileset, folder, settings, tracker.log)
@@ -166,23 +166,11 @@ def train(
                 "provenance": origin,
             }
             write_json(folder / "metrics.json", metrics)
-            info = describe_run(config, tileset, learner.model, origin, training["energy"])
-            bundle = pack_bundle(folder / "bundle", info, learner.model, validation, tileset)
+            info = describe_run(config, used, learner.model, origin, training["energy"])
+            bundle = pack_bundle(folder / "bundle", info, learner.model, validation, used)
             _track(tracker, validation, metrics["validation"], bundle)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     return Run(folder, config, tileset, learner, history, validation, metrics)
-
-
-# %% ../nbs/35_runs.ipynb #write-index
-def _write_index(folder: Path, tileset: TileSet) -> None:
-    "Keep what was found in pictures of one's own: which is in which part, what was left out, what looked alike."
-    if not tileset.report:
-        return
-    write_json(folder / "data.json", tileset.report)
-    with (folder / "index.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("name", "class", "part", "sha256"))
-        table.writerows(row.values() for row in index_table(tileset))
 
 
 # %% ../nbs/35_runs.ipynb #fit-metered
@@ -206,7 +194,9 @@ def _fit(
         "parameters": sum(p.numel() for p in learner.model.parameters()),
         "epochs": len(history),
         "tiles_in": "memory" if isinstance(learner.dls.train.tiles, torch.Tensor) else "file",
-        "best_epoch": int(max(history, key=lambda e: (e["accuracy"], -e["valid_loss"]))["epoch"]),
+        "best_epoch": int(
+            (history[-1] if config.labels else max(history, key=lambda e: (e["accuracy"], -e["valid_loss"])))["epoch"]
+        ),
         "seconds": round(seconds, 2),
         "tiles_per_second": round(len(history) * learner.dls.train.n / seconds, 1),
         "machine": machine(config),
@@ -244,11 +234,12 @@ def describe_run(
 ) -> dict[str, Any]:
     "What bundle.json says of where a model comes from."
     known = getattr(model.trunk, "pretrained_cfg", {})
+    no_paths = {"data": tileset.name, "out": "", "weights": Path(config.weights).name}  # a bundle carries none
     own = "Apache-2.0, as the project" if config.weights == "none" else "as the weights that training started from"
     return {
         "classes": list(tileset.classes),
         "contract": contract_to_dict(tileset.contract),
-        "config": asdict(config) | {"data": tileset.name, "out": ""},  # a bundle carries no path
+        "config": asdict(config) | no_paths | ({"model_args": model.model_args} if model.model_args else {}),
         "data": describe_data(tileset),
         "licence": {
             "weights": known.get("license") or own if config.weights == "pretrained" else own,
@@ -411,7 +402,12 @@ def load_classifier(
     config, channels = bundle.info["config"], len(bundle.contract.bands)
     blank = (0.0,) * channels, (1.0,) * channels  # the stored weights bring their own normalisation
     model = build_model(
-        config["arch"], len(bundle.classes), *blank, size=config["size"], side=config.get("input_size", 0)
+        config["arch"],
+        len(bundle.classes),
+        *blank,
+        size=config["size"],
+        side=config.get("input_size", 0),
+        model_args=config.get("model_args"),
     )
     model.load_state_dict(from_safetensors(bundle.read("weights.safetensors")))
     return model.eval()

@@ -47,7 +47,15 @@ from tqdm import tqdm
 from .core import EurosatError, Settings, atomic_path, log, read_json, read_status, write_status
 from .data import TileRows, at_once
 from .datasets import load_tiles
-from .learner import GrowSize, TrainConfig, config_from, growing_sizes, make_learner
+from eurosat_mlops.learner import (
+    Freeze,
+    GrowSize,
+    TrainConfig,
+    config_from,
+    group_hypers,
+    growing_sizes,
+    make_learner,
+)
 from .meters import TimeLeft, in_words
 from .models import TileClassifier
 from .ranks import AddUp, bare, joined
@@ -86,12 +94,16 @@ class AverageWeights(Callback):
 
 # %% ../nbs/27_training.ipynb #keep-best
 class KeepBest(Callback):
-    "Keep the weights of the epoch with the best validation accuracy (then the lowest loss); stop when patience ends."
+    "Keep the weights of the epoch with the best validation accuracy (then the lowest loss), or of the last one."
 
     order = 70  # after the epoch is logged; what is validated is already in place
 
-    def __init__(self, patience: int = 0):
-        self.patience = patience
+    def __init__(
+        self,
+        patience: int = 0,  # stop after so many epochs without gain; 0 for never
+        choose: bool = True,  # by validation; else the last epoch is kept
+    ):
+        self.patience, self.choose = patience, choose
 
     def before_fit(self) -> None:
         self.best, self.best_epoch, self.diverged = (-1.0, -math.inf), -1, False
@@ -110,7 +122,7 @@ class KeepBest(Callback):
         if not math.isfinite(loss):
             self.diverged = True
             raise CancelFitException
-        if (right, -loss) > self.best:
+        if not self.choose or (right, -loss) > self.best:
             self.best, self.best_epoch = (right, -loss), self.epoch
             self.weights = {n: v.detach().clone() for n, v in self.candidate.state_dict().items()}
         elif self.patience and self.epoch - self.best_epoch >= self.patience:
@@ -383,14 +395,15 @@ def fit(
 ) -> list[dict[str, float]]:  # one entry an epoch
     "Train by the one-cycle schedule (Smith 2018); the learner ends with its best weights, in evaluation mode."
     average = [AverageWeights(config.ema)] if config.ema else []
-    end = config.input_size or learner.dls.train.tiles.shape[1]
+    end = getattr(bare(learner.model), "side", 0) or learner.dls.train.tiles.shape[1]
     grow = [GrowSize(growing_sizes(config.start_size, end))] if config.start_size else []
-    keep, watch = KeepBest(config.patience), Watch(on_metrics)
+    keep, watch = KeepBest(config.patience, choose=not config.labels), Watch(on_metrics)
+    frozen = [Freeze(config.freeze)] if config.freeze else []
     learner.logger, learner.first_epoch, learner._do_fit = lambda *_: None, 0, partial(_epochs, learner)
-    all_cbs = [*grow, *average, AddUp(), TimeLeft(config.limit), keep, watch, *cbs]
-    with joined(learner):
-        decay = [config.wd, config.wd, 0.0]  # one for each group of `split_decay`
-        learner.fit_one_cycle(config.epochs, config.lr, wd=decay, div_final=1e3, cbs=all_cbs)
+    all_cbs = [*grow, *frozen, *average, AddUp(), TimeLeft(config.limit), keep, watch, *cbs]
+    rates, decay = group_hypers(learner.model, config)
+    with joined(learner, idle=bool(config.freeze)):
+        learner.fit_one_cycle(config.epochs, rates, wd=decay, div_final=1e3, cbs=all_cbs)
     if keep.diverged:
         raise EurosatError(
             f"lr: the loss became infinite or NaN in epoch {len(watch.history)}; try a lower rate than {config.lr}"

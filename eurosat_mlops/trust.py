@@ -18,6 +18,7 @@ __all__ = [
     "judge_classes",
     "HeldOut",
     "study_held_out",
+    "study_labels",
     "suspicious_labels",
     "label_table",
     "write_labels",
@@ -53,7 +54,7 @@ from eurosat_mlops.metrics import (
     softmax,
 )
 from .reference import COVERAGE, familiar_distance, fit_clouds
-from .runs import load_classifier, train, training_sample
+from .runs import evaluate, load_classifier, train, training_sample
 from .session import answer, open_session
 
 
@@ -260,8 +261,8 @@ def _trained(known: TileSet, config: TrainConfig, settings: Settings) -> Bundle:
     if not (place / "status.json").exists():
         train(config, known, replace(settings, runs_dir=place.parent))  # so that it isn't taken for the latest run
     bundle = read_bundle(find_run(settings, place) / "bundle")
-    names = ("arch", "epochs", "label_smoothing", "seed")
-    there = bundle.info["data"]["digest"], *(bundle.info["config"][name] for name in names)
+    names = ("arch", "labels", "epochs", "optimizer", "lr", "layer_decay", "label_smoothing", "seed")
+    there = bundle.info["data"]["digest"], *(bundle.info["config"].get(name) for name in names)
     if there != (known.digest, *(getattr(config, name) for name in names)):
         raise EurosatError(f"out: {place.name} holds a trial with other parameters; name another folder")
     return bundle
@@ -283,6 +284,26 @@ def study_held_out(
     scores = strangeness(both, train_view.embedding, known.labels[sample])
     labels = np.concatenate([np.full(len(y), -1), tileset.labels[rows]])
     return HeldOut(tuple(classes), float((seen.logits.argmax(1) == y).mean()), scores, labels)
+
+
+# %% ../nbs/63_trust.ipynb #study-labels
+def study_labels(
+    tileset: TileSet,
+    config: TrainConfig,  # its out is the folder of this run
+    settings: Settings,
+) -> dict[str, Any]:  # labels, batches, accuracy on validation and test with its interval
+    "Train with few labels, then read the test part, once."
+    bundle = _trained(tileset, config, settings)
+    metrics = read_json(Path(config.out) / "metrics.json")
+    if not metrics["test"]:
+        metrics = evaluate(Path(config.out), settings=replace(settings, runs_dir=Path(config.out).parent)).metrics
+    batches = bundle.info["config"]["epochs"] * (len(tileset.parts["train"]) // bundle.info["config"]["bs"])
+    return {
+        "labels": bundle.info["data"]["tiles"]["train"],
+        "batches": batches,
+        "validation": metrics["validation"]["accuracy"],
+        "test": metrics["test"][tileset.split]["accuracy"],
+    }
 
 
 # %% ../nbs/63_trust.ipynb #suspicious-labels
