@@ -35,7 +35,7 @@ from .bundle import read_arrays, to_arrays
 from .core import EurosatError, atomic_path
 from .predict import Classifier, load_bundle
 from .scene import BlockReader, Scene, scene_stamp
-from .windows import Block, BlockAnswers, WindowGrid, answer_block, cut_blocks
+from .tiling import Block, BlockAnswers, WindowGrid, answer_block, cut_blocks
 
 
 # %% ../nbs/83_blocks.ipynb #map-settings

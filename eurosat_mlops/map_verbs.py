@@ -16,7 +16,7 @@ from .mapper import FinishedMap, Outputs, map_scene
 from .predict import load_bundle
 from .products import Declared
 from .registry_verbs import format_table
-from .windows import STRIDES
+from .tiling import STRIDES
 
 
 # %% ../nbs/88_map_verbs.ipynb #add-map

@@ -29,7 +29,7 @@ from eurosat_mlops.views import (
     write_geoparquet,
     write_page,
 )
-from .windows import WindowGrid
+from .tiling import WindowGrid
 
 # %% ../nbs/86_mapper.ipynb #claim
 MANIFEST_FILE = "map.json"

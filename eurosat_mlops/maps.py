@@ -30,7 +30,7 @@ import numpy as np
 from .bands import class_colours
 from .core import EurosatError, atomic_path
 from .scene import Scene, need_rasterio
-from .windows import WindowGrid, average_windows
+from .tiling import WindowGrid, average_windows
 
 # %% ../nbs/84_maps.ipynb #cover
 NOTHING = 255  # value of a cell of which too little was seen
