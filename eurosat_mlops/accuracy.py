@@ -133,8 +133,8 @@ def learn_harm(
         said = np.clip(values[names == kind] @ fitted[:-1] + fitted[-1], 0, 1)
         misses.append(np.abs(said - accuracy[names == kind]))
     miss, weights = np.concatenate(misses), _ridge(values, accuracy, penalty)
-    lists = (each.tolist() for each in (means, widths, weights))
-    return Harm(model, *lists, float(miss.mean()), float(np.quantile(miss, 0.95)))
+    error, off = float(miss.mean()), float(np.quantile(miss, 0.95))
+    return Harm(model, means.tolist(), widths.tolist(), weights.tolist(), error, off)
 
 
 # %% ../nbs/72_accuracy.ipynb #estimate-accuracy
