@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep evaluate release serve load chaos bench profile test prep export lint docs results lab clean
+.PHONY: help setup train sweep evaluate release serve monitor load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ release: setup ## Make a release candidate of the latest run: int8, parity, late
 
 serve: setup ## Serve the model in production, or ARGS="--model runs/latest", on http://127.0.0.1:8000
 	$(BIN)/eurosat serve $(ARGS)
+
+monitor: setup ## Watch what the model in production answers: findings and a report; ARGS="--since 30d --repeat 1h"
+	$(BIN)/eurosat monitor $(ARGS)
 
 load: setup ## Let many clients ask the service, by locust; ARGS="--users 64", or ARGS="http://host:8000" for one that runs
 	$(BIN)/eurosat load $(ARGS)
