@@ -70,7 +70,8 @@ def line_chart(
         xs, [None if v is None else y(v) for v in values], [b and (y(b[0]), y(b[1])) for b in bounds], marked
     )
     for i in sorted({0, len(names) // 2, len(names) - 1}):
-        parts.append(_text(xs[i], bottom + 20, names[i], "middle", FAINT))
+        anchor = "end" if len(names) > 1 and i == len(names) - 1 else "middle"
+        parts.append(_text(xs[i] + 14 * (anchor == "end"), bottom + 20, names[i], anchor, FAINT))
     return _picture(620, 216, title, parts)
 
 

@@ -124,7 +124,9 @@ def find_findings(
         text = f"The pictures look different from those the model was tested on: {describe_change(last)}."
         found.append(Finding("pictures", "alarm", text, _since(told, "changed"), last["p"], 0.005))
     guess, best = last["accuracy"][last["best"]], last["best"]
-    now = f"{guess['value']:.0%} (between {guess['low']:.0%} and {guess['high']:.0%}, {best}), {before:.0%} when tested"
+    doubt = "at most " if last["changed"] and best == "difference of confidences" else ""
+    spread = f"between {guess['low']:.0%} and {guess['high']:.0%}, {best}"
+    now = f"{doubt}{guess['value']:.0%} ({spread}), {before:.0%} when tested"
     level = "alarm" if last["lost"] else "notice" if last["changed"] and guess["value"] < before - LOSS else "ok"
     found.append(
         Finding("accuracy", level, f"Right answers: {now}.", _since(told, "lost"), guess["value"], before - LOSS)

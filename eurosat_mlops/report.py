@@ -65,7 +65,7 @@ STEPS = {
         "Until then, believe an answer less than its confidence says; go back to another version if one does better.",
         "If such pictures are to stay, train on them too.",
     ),
-    "accuracy": ("Compare the labels that people gave with the answers, class by class; then train again with them.",),
+    "accuracy": ("Compare labels that people give with the answers, class by class; then train again with them.",),
     "classes": ("Ask who uses the service: another region, another customer? The model need not be wrong.",),
     "traffic": ("Wait for more answers, or take a longer window.",),
 }
@@ -76,7 +76,8 @@ body{background:var(--back);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
 padding:0 1rem}h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}table{border-collapse:collapse}
 td,th{padding:.2rem .7rem .2rem 0;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
 .alarm{color:var(--bad)}.faint{color:var(--faint)}.wide{overflow-x:auto}.tiles{display:flex;flex-wrap:wrap;gap:.8rem}
-figure{margin:0;width:7.5rem;font-size:.8rem}img{width:7.5rem;image-rendering:pixelated}svg{display:block;margin:1rem 0}
+figure{margin:0;width:7.5rem;font-size:.8rem;overflow-wrap:anywhere}
+img{width:7.5rem;image-rendering:pixelated}svg{display:block;margin:1rem 0}
 """
 
 

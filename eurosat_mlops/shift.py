@@ -175,7 +175,7 @@ class Shift:
     "How a window differs from validation, class by class."
 
     p: float  # of all statistics together
-    score: float  # the largest statistic, in spreads of what chance makes
+    score: float  # the largest statistic, in spreads of what chance makes; the root of the exchanges, 22, at most
     tests: dict[str, float]  # p of each
     auroc: float  # of the classifier that tells window from validation: 0.5 for no difference
     moved: np.ndarray  # int64, rows of the sample, those that look least like validation first
@@ -186,7 +186,7 @@ class Shift:
 
     @property
     def changed(self) -> bool:
-        return self.p <= ALPHA and self.score >= SPREADS * max(1.0, self.compared / 200) ** 0.5
+        return self.p <= ALPHA and self.score >= SPREADS * (np.clip(self.compared, 200, 1000) / 200) ** 0.5
 
 
 # %% ../nbs/71_shift.ipynb #compare-helpers
