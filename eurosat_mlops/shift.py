@@ -186,7 +186,7 @@ class Shift:
 
     @property
     def changed(self) -> bool:
-        return self.p <= ALPHA and self.score >= SPREADS * (np.clip(self.compared, 200, 1000) / 200) ** 0.5
+        return self.p <= ALPHA and self.score >= SPREADS * (min(max(self.compared, 200), 1000) / 200) ** 0.5
 
 
 # %% ../nbs/71_shift.ipynb #compare-helpers
