@@ -5,7 +5,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep evaluate release serve map recipes monitoring load chaos bench profile test prep export lint docs results lab clean
+.PHONY: help setup train sweep evaluate release serve map recipes monitor alerts load chaos bench profile test prep export lint docs results lab clean
 
 help: ## List the jobs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ serve: setup ## Serve the model in production, or ARGS="--model runs/latest", on
 map: setup ## Map a satellite scene by the model in production; ARGS="scene.tif --out map --stride 32"
 	$(BIN)/eurosat map $(ARGS)
 
-monitoring: setup ## Write the dashboard and Google Cloud's policies from deploy/monitoring/rules.yml
+alerts: setup ## Write the dashboard and Google Cloud's policies from deploy/monitoring/rules.yml
 	$(BIN)/python -c 'from pathlib import Path; from eurosat_mlops.alerts import write_monitoring; write_monitoring(Path("deploy/monitoring"))'
+
+monitor: setup ## Watch what the model in production answers: findings and a report; ARGS="--since 30d --repeat 1h"
+	$(BIN)/eurosat monitor $(ARGS)
 
 load: setup ## Let many clients ask the service, by locust; ARGS="--users 64", or ARGS="http://host:8000" for one that runs
 	$(BIN)/eurosat load $(ARGS)

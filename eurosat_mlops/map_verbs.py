@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from .blocks import ENGINES, MapSettings
-from .core import EurosatError
 from .mapper import FinishedMap, Outputs, map_scene
 from .predict import load_bundle
 from .products import Declared

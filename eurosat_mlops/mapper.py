@@ -21,6 +21,7 @@ from .maps import LandCover, area_table, make_cover, write_areas, write_layers, 
 from .predict import Classifier
 from .products import Declared, open_scene
 from .scene import Scene, check_scene, scene_stamp
+from .tiling import WindowGrid
 from eurosat_mlops.views import (
     draw_preview,
     find_regions,
@@ -29,7 +30,6 @@ from eurosat_mlops.views import (
     write_geoparquet,
     write_page,
 )
-from .tiling import WindowGrid
 
 # %% ../nbs/86_mapper.ipynb #claim
 MANIFEST_FILE = "map.json"

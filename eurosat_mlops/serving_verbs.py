@@ -47,6 +47,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .core import EurosatError, Settings, load_settings, log
+from .drift_routes import join_drift
 from .engine import Engine, open_model
 from .journal import Journal, open_journal
 from .problems import hash_key, new_key, serve_config
@@ -252,10 +253,11 @@ async def serve(
     engine = Engine(settings, open_model(model, settings), threads, queue=queue)
     journal = await asyncio.to_thread(journal_of, settings)
     service = Service(config, engine, journal, Traces(settings.traces))
-    app = make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"), service)
+    app = join_drift(make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"), service))
     servers = {make_server(app): held[0]}
     if admin_port:
-        servers[make_server(make_app(config, engine, journal, ("admin",), service))] = held[1]
+        admin = join_drift(make_app(config, engine, journal, ("admin",), service), gauges=False)
+        servers[make_server(admin)] = held[1]
     gc.collect()
     gc.freeze()  # what was imported stays: no need to look through it again
     url = f"http://{host}:{held[0].getsockname()[1]}"

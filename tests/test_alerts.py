@@ -107,7 +107,7 @@ def test_what_is_made_from_the_rules_is_what_is_committed(tmp_path: Path) -> Non
     shutil.copy(MONITORING / "rules.yml", tmp_path)
     for path in write_monitoring(tmp_path):
         committed = (MONITORING / path.name).read_text()
-        assert path.read_text() == committed, f"{path.name}: make monitoring, and commit"
+        assert path.read_text() == committed, f"{path.name}: make alerts, and commit"
 
 
 def test_google_cloud_would_take_every_policy_and_not_a_broken_one() -> None:
