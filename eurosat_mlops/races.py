@@ -269,7 +269,7 @@ def plot_rates(
     rows: Sequence[Mapping[str, Any]],  # of `measure_rates`
     title: str,  # the finding
 ) -> Picture:
-    "Images a second of each peer, a logarithmic bar; its ends in all rounds as a thin line."
+    "Images a second of each peer; the least and the most of all rounds as a thin line."
     picture = new_picture(title, width=7.6, height=1.1 + 0.36 * len(rows))
     axes, names = picture.subplots(), [row["peer"] for row in rows]
     rates, low, high = (np.array([f(row["rates"]) for row in rows]) for f in (statistics.median, min, max))
@@ -280,8 +280,8 @@ def plot_rates(
         axes.text(top, name, f"  {rate:,.3g}" if rate < 100 else f"  {rate:,.0f}", va="center", size=9, color=INK)
     axes.invert_yaxis()
     style_axes(axes, "images trained a second (line: least to most of all rounds)", grid="x")
-    axes.set(xscale="log", xlim=(0.5 * min(low), 2.5 * max(high)))
-    _plain_numbers(axes.xaxis)
+    axes.set(xlim=(0, 1.15 * max(high)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return picture
 
 
