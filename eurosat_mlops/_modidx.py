@@ -1023,6 +1023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'eurosat_mlops.monitoring': { 'eurosat_mlops.monitoring.Finding': ('monitoring.html#finding', 'eurosat_mlops/monitoring.py'),
                                           'eurosat_mlops.monitoring._kept': ('monitoring.html#_kept', 'eurosat_mlops/monitoring.py'),
                                           'eurosat_mlops.monitoring._moved': ('monitoring.html#_moved', 'eurosat_mlops/monitoring.py'),
+                                          'eurosat_mlops.monitoring._shift_facts': ( 'monitoring.html#_shift_facts',
+                                                                                     'eurosat_mlops/monitoring.py'),
                                           'eurosat_mlops.monitoring._since': ('monitoring.html#_since', 'eurosat_mlops/monitoring.py'),
                                           'eurosat_mlops.monitoring.describe_change': ( 'monitoring.html#describe_change',
                                                                                         'eurosat_mlops/monitoring.py'),

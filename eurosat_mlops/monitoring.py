@@ -9,8 +9,8 @@ __all__ = [
     "KEEP",
     "judge_window",
     "Finding",
-    "find_findings",
     "describe_change",
+    "find_findings",
     "run_pass",
     "judge_windows",
     "keep_result",
@@ -32,7 +32,7 @@ from .core import EurosatError, Settings, atomic_path, log, read_json, write_jso
 from .drift import CHANGED
 from .entries import as_utc
 from .journal import Journal
-from .shift import FEW, Standard, compare, compare_classes, study_reference
+from .shift import FEW, Shift, Standard, compare, compare_classes, study_reference
 from .windows import Window, read_windows
 
 # %% ../nbs/74_monitoring.ipynb #judge-window
@@ -58,27 +58,19 @@ def judge_window(
         raise EurosatError(f"journal: answers from {window.since} on cannot be computed with; delete them") from None
     mix = compare_classes(standard.class_counts, window.class_counts, seed)
     best, guesses = estimate_accuracy(standard, window.sample, shift, window.confusion, harm, seed)
-    lost = (
-        best == "counted" and guesses[best].high < float((standard.sample.predicted == standard.labels).mean()) - LOSS
-    )
+    before = float((standard.sample.predicted == standard.labels).mean())
+    lost = best == "counted" and guesses[best].high < before - LOSS
     mixed = mix.p <= 0.001 and (mix.stability or 0) > CHANGED
-    tests = {"p": shift.p, "score": shift.score, "auroc": shift.auroc, "tests": shift.tests}
-    return (
-        found
-        | tests
-        | {
-            "severity": "alarm" if shift.changed or lost else "notice" if mixed else "ok",
-            "changed": shift.changed,
-            "lost": lost,
-            "mixed": mixed,
-            "stability": mix.stability,
-            "looks": shift.looks.tolist(),
-            "by_class": {str(k): p for k, p in shift.by_class.items()},
-            "best": best,
-            "accuracy": {name: asdict(estimate) for name, estimate in guesses.items()},
-            "moved": _moved(window, shift.moved[:12]),
-        }
-    )
+    severity = "alarm" if shift.changed or lost else "notice" if mixed else "ok"
+    flags = {"severity": severity, "changed": shift.changed, "lost": lost, "mixed": mixed, "stability": mix.stability}
+    accuracy = {name: asdict(estimate) for name, estimate in guesses.items()}
+    guessed = {"best": best, "accuracy": accuracy, "moved": _moved(window, shift.moved[:12])}
+    return found | flags | _shift_facts(shift) | guessed
+
+
+def _shift_facts(shift: Shift) -> dict[str, Any]:
+    facts: dict[str, Any] = {"p": shift.p, "score": shift.score, "auroc": shift.auroc, "tests": shift.tests}
+    return facts | {"looks": shift.looks.tolist(), "by_class": {str(k): p for k, p in shift.by_class.items()}}
 
 
 def _moved(window: Window, rows: np.ndarray) -> list[dict[str, Any]]:
@@ -110,6 +102,19 @@ def _since(windows: Sequence[Mapping[str, Any]], flag: str) -> str:
     return first
 
 
+# %% ../nbs/74_monitoring.ipynb #describe-change
+def describe_change(window: Mapping[str, Any]) -> str:
+    "In words, how the pictures of a window differ."
+    looks = np.array(window["looks"])
+    light, contrast = looks[: len(looks) // 2].mean(), looks[len(looks) // 2 :].mean()
+    words = [f"{'brighter' if light > 0 else 'darker'} by {abs(light):.0f} of 255"] if abs(light) >= 3 else []
+    if abs(contrast) >= 2:
+        words.append(f"{'richer' if contrast > 0 else 'poorer'} in contrast by {abs(contrast):.0f}")
+    told = f"a program that compares them tells {window['auroc']:.0%} of pairs apart, where 50% is chance"
+    return ", ".join([*words, told])
+
+
+# %% ../nbs/74_monitoring.ipynb #find-findings
 def find_findings(
     windows: Sequence[Mapping[str, Any]],  # from `judge_window`, in their order
     before: float,  # accuracy on validation
@@ -141,18 +146,6 @@ def find_findings(
             )
         )
     return sorted(found, key=lambda finding: -SEVERITIES.index(finding.severity))
-
-
-# %% ../nbs/74_monitoring.ipynb #describe-change
-def describe_change(window: Mapping[str, Any]) -> str:
-    "In words, how the pictures of a window differ."
-    looks = np.array(window["looks"])
-    light, contrast = looks[: len(looks) // 2].mean(), looks[len(looks) // 2 :].mean()
-    words = [f"{'brighter' if light > 0 else 'darker'} by {abs(light):.0f} of 255"] if abs(light) >= 3 else []
-    if abs(contrast) >= 2:
-        words.append(f"{'richer' if contrast > 0 else 'poorer'} in contrast by {abs(contrast):.0f}")
-    told = f"a program that compares them tells {window['auroc']:.0%} of pairs apart, where 50% is chance"
-    return ", ".join([*words, told])
 
 
 # %% ../nbs/74_monitoring.ipynb #run-pass

@@ -107,6 +107,7 @@ class Window:
     sample: Sample
 
 
+# %% ../nbs/70_windows.ipynb #reservoir
 class Reservoir:
     "Grows into a window, row by row."
 
