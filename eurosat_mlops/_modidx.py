@@ -1249,6 +1249,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'eurosat_mlops.products._grid': ('products.html#_grid', 'eurosat_mlops/products.py'),
                                         'eurosat_mlops.products._level': ('products.html#_level', 'eurosat_mlops/products.py'),
                                         'eurosat_mlops.products._local': ('products.html#_local', 'eurosat_mlops/products.py'),
+                                        'eurosat_mlops.products._offsets': ('products.html#_offsets', 'eurosat_mlops/products.py'),
                                         'eurosat_mlops.products._tag_facts': ('products.html#_tag_facts', 'eurosat_mlops/products.py'),
                                         'eurosat_mlops.products.open_scene': ('products.html#open_scene', 'eurosat_mlops/products.py'),
                                         'eurosat_mlops.products.read_product': ('products.html#read_product', 'eurosat_mlops/products.py')},

@@ -250,6 +250,30 @@ def read_product(
     return _from_raster(path, declared)
 
 
+# %% ../nbs/80_products.ipynb #scene-checks
+def _offsets(name: str, found: Found, declared: Declared, bands: list[str]) -> dict[str, float]:
+    "What is added to the numbers of each band."
+    offsets = found.offsets if declared.offset is None else {"": float(declared.offset)}
+    if declared.scaled:
+        offsets = {"": 0.0}
+    if offsets is None or any(band not in offsets and "" not in offsets for band in bands):
+        raise EurosatError(
+            f"{name}: nothing says its offset, and that is not guessed; products of processing baseline 04.00 and "
+            "later (N0400 and up in the name) have -1000, earlier ones 0: say which"
+        )
+    return {band: offsets.get(band, offsets.get("", 0.0)) for band in bands}
+
+
+def _check_type(name: str, dtype: str, declared: Declared) -> None:
+    if dtype == "uint8" and not declared.scaled:
+        raise EurosatError(
+            f"{name}: 8 bit, so a picture stretched for the eye (such as TCI), not digital numbers; take the bands, or "
+            "say that it was scaled just as the training tiles were"
+        )
+    if dtype not in (("uint8",) if declared.scaled else ("uint16", "int16")):
+        raise EurosatError(f"{name}: {dtype}, expected {'uint8' if declared.scaled else 'uint16 or int16'}")
+
+
 # %% ../nbs/80_products.ipynb #open-scene
 def open_scene(
     path: Path | str,  # a GeoTIFF, COG or JP2, a .SAFE folder, a STAC item, a folder of band files
@@ -269,40 +293,13 @@ def open_scene(
     if any(grid != grids[0] for grid in grids):
         raise EurosatError(f"{path.name}: its bands lie on different grids; resample them to one first")
     _check_type(path.name, grids[0]["dtype"], declared)
-    offsets = found.offsets if declared.offset is None else {"": float(declared.offset)}
-    if declared.scaled:
-        offsets = {"": 0.0}
-    if offsets is None or any(name not in offsets and "" not in offsets for name in bands):
-        raise EurosatError(
-            f"{path.name}: nothing says its offset, and that is not guessed; products of processing baseline 04.00 and "
-            "later (N0400 and up in the name) have -1000, earlier ones 0: say which"
-        )
-    given = {name: offsets.get(name, offsets.get("", 0.0)) for name in bands}
-    units = declared.quantification or found.quantification or 10_000.0
-    mask = Band(declared.mask) if declared.mask else found.mask
     level = declared.level or found.level
     if declared.air and (level, contract.level) != ("L2A", "L1C"):
         raise EurosatError(
             f"air: the scene is {level or 'of no known level'}; only L2A lacks the air that an L1C model knows"
         )
-    return Scene(
-        path.stem,
-        bands,
-        offsets=given,
-        level=level,
-        quantification=units,
-        mask=mask,
-        scaled=declared.scaled,
-        air=declared.air,
-        **grids[0],
-    )
-
-
-def _check_type(name: str, dtype: str, declared: Declared) -> None:
-    if dtype == "uint8" and not declared.scaled:
-        raise EurosatError(
-            f"{name}: 8 bit, so a picture stretched for the eye (such as TCI), not digital numbers; take the bands, or "
-            "say that it was scaled just as the training tiles were"
-        )
-    if dtype not in (("uint8",) if declared.scaled else ("uint16", "int16")):
-        raise EurosatError(f"{name}: {dtype}, expected {'uint8' if declared.scaled else 'uint16 or int16'}")
+    said: dict[str, Any] = {"scaled": declared.scaled, "air": declared.air}
+    said["mask"] = Band(declared.mask) if declared.mask else found.mask
+    units = declared.quantification or found.quantification or 10_000.0
+    offsets = _offsets(path.name, found, declared, list(bands))
+    return Scene(path.stem, bands, offsets=offsets, level=level, quantification=units, **said, **grids[0])

@@ -201,7 +201,7 @@ def draw_preview(
         draw.text((left + 34, top), name, INK, fonts[15])
         draw.text((left + 34, top + 18), area, QUIET, fonts[13])
     draw.text((pad, sheet.height - pad - 16), note, QUIET, fonts[13])
-    return sheet
+    return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
 # %% ../nbs/85_views.ipynb #page
@@ -227,11 +227,10 @@ def write_page(
     style, script, frame = (page.joinpath(f"map.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
     flat = Image.new("RGB", picture.size, "#DDE1E4")
     flat.paste(picture, mask=picture)
-    rows = legend_rows(cover)
     items = "".join(
         f'<li><svg width="18" height="18" aria-hidden="true"><rect width="18" height="18" fill="{colour}"/></svg>'
         f"<span>{html.escape(name)}</span><span>{area}</span></li>"
-        for colour, name, area in rows
+        for colour, name, area in legend_rows(cover)
     )
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     values = {
