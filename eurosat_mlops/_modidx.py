@@ -1316,6 +1316,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'eurosat_mlops.races._forget': ('races.html#_forget', 'eurosat_mlops/races.py'),
                                      'eurosat_mlops.races._plain_numbers': ('races.html#_plain_numbers', 'eurosat_mlops/races.py'),
                                      'eurosat_mlops.races._read_share': ('races.html#_read_share', 'eurosat_mlops/races.py'),
+                                     'eurosat_mlops.races._start_quietly': ('races.html#_start_quietly', 'eurosat_mlops/races.py'),
                                      'eurosat_mlops.races.measure_rates': ('races.html#measure_rates', 'eurosat_mlops/races.py'),
                                      'eurosat_mlops.races.measure_shares': ('races.html#measure_shares', 'eurosat_mlops/races.py'),
                                      'eurosat_mlops.races.plot_races': ('races.html#plot_races', 'eurosat_mlops/races.py'),

@@ -122,6 +122,17 @@ class Runner:
 
 
 # %% ../nbs/69_races.ipynb #running-peer
+def _start_quietly(process: Any) -> None:
+    "Start it without the warnings of libraries that are imported before its output goes into its file."
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        process.start()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        os.environ |= {} if before is None else {"PYTHONWARNINGS": before}
+
+
 @contextmanager
 def running(name: str, task: Task, limit: float = 0.0, energy: str = "off") -> Iterator[Runner]:
     "Start a peer; at the end of the block its process is gone."
@@ -130,7 +141,7 @@ def running(name: str, task: Task, limit: float = 0.0, energy: str = "off") -> I
     log, spawn = task.folder / f"{name}.log", get_context("spawn")
     link, other = spawn.Pipe()
     process = spawn.Process(target=_be_peer, args=(name, task, limit, energy, log, other))
-    process.start()
+    _start_quietly(process)
     other.close()
     try:
         yield Runner(name, process, link, log)
