@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'eurosat_mlops.blocks.SceneAnswers': ('blocks.html#sceneanswers', 'eurosat_mlops/blocks.py'),
                                       'eurosat_mlops.blocks._on_worker': ('blocks.html#_on_worker', 'eurosat_mlops/blocks.py'),
                                       'eurosat_mlops.blocks._put': ('blocks.html#_put', 'eurosat_mlops/blocks.py'),
+                                      'eurosat_mlops.blocks._scene_of': ('blocks.html#_scene_of', 'eurosat_mlops/blocks.py'),
                                       'eurosat_mlops.blocks._store': ('blocks.html#_store', 'eurosat_mlops/blocks.py'),
                                       'eurosat_mlops.blocks._stored': ('blocks.html#_stored', 'eurosat_mlops/blocks.py'),
                                       'eurosat_mlops.blocks._together': ('blocks.html#_together', 'eurosat_mlops/blocks.py'),

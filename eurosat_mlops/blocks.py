@@ -34,7 +34,7 @@ from . import __version__
 from .bundle import read_arrays, to_arrays
 from .core import EurosatError, atomic_path
 from .predict import Classifier, load_bundle
-from .scene import BlockReader, Scene, scene_stamp
+from .scene import Band, BlockReader, Scene, scene_stamp
 from .tiling import Block, BlockAnswers, WindowGrid, answer_block, cut_blocks
 
 
@@ -101,13 +101,17 @@ def answer_locally(
 @lru_cache(maxsize=4)
 def _tools(scene_text: str, folder: str, identity: str, precision: str, thread: int) -> tuple[BlockReader, Classifier]:
     "The reader and the model of one thread of a worker, opened once."
-    import pickle
-
     model = load_bundle(Path(folder), precision)
     if model.bundle.id != identity:
         raise EurosatError(f"{folder}: bundle {model.bundle.id[:12]} here, expected {identity[:12]}; copy it anew")
-    scene: Scene = pickle.loads(bytes.fromhex(scene_text))  # noqa: S301, from the client that this worker obeys
-    return BlockReader(scene, model.contract), model
+    return BlockReader(_scene_of(scene_text), model.contract), model
+
+
+def _scene_of(text: str) -> Scene:
+    "A scene from its JSON."
+    found = json.loads(text)
+    found |= {"bands": {name: Band(**each) for name, each in found["bands"].items()}}
+    return Scene(**found | {"transform": tuple(found["transform"]), "mask": found["mask"] and Band(**found["mask"])})
 
 
 def _on_worker(block: Block, scene_text: str, folder: str, identity: str, precision: str, grid: WindowGrid) -> Answered:
@@ -133,8 +137,6 @@ def answer_by_dask(
         from dask.distributed import as_completed as as_done
     except ImportError:
         raise EurosatError("dask is not installed; pip install 'eurosat-mlops[scene]'") from None
-    import pickle
-
     with ExitStack() as opened:
         if not address:
             size = workers or os.cpu_count() or 1
@@ -145,7 +147,7 @@ def answer_by_dask(
         except OSError:
             raise EurosatError(f"address: no Dask scheduler answers at {address}; start one: dask scheduler") from None
         told = {"folder": str(model.bundle.folder.resolve()), "identity": model.bundle.id, "precision": model.precision}
-        more = told | {"scene_text": pickle.dumps(scene).hex(), "grid": grid}
+        more = told | {"scene_text": json.dumps(asdict(scene)), "grid": grid}
         futures = client.map(_on_worker, list(blocks), retries=2, pure=False, **more)
         named = {future.key: block for future, block in zip(futures, blocks, strict=True)}
         for future in as_done(futures):
