@@ -86,9 +86,9 @@ def tree_memory(
 ) -> float:  # MB
     "What a process and all that it has started hold in memory now."
     total = 0
-    with suppress(psutil.Error):
+    with suppress(psutil.Error, OSError):
         for process in (own := psutil.Process(pid), *own.children(recursive=True)):
-            with suppress(psutil.Error):  # it has just ended
+            with suppress(psutil.Error, OSError):  # it has just ended
                 filled = process.memory_full_info()
                 total += getattr(filled, "pss", filled.rss)
     return total / 1e6
@@ -114,7 +114,7 @@ class Runner:
                 raise EurosatError(f"{self.name}: said nothing for {patience:.0f} s; see {self.log}")
         try:
             said = self.link.recv()
-        except EOFError:
+        except (EOFError, OSError):
             said = {"failed": f"its process ended; its last words: {self.log.read_text()[-300:]!r}"}
         if isinstance(said, dict) and "failed" in said:
             raise EurosatError(f"{self.name}: {said['failed'].removeprefix('EurosatError: ')}")
