@@ -94,6 +94,7 @@ VERBS = {  # verb -> its help, and the module with its add_<verb>(parser) and ru
     "registry": ("keep, promote and look after released models", "registry_verbs"),
     "map": ("map a whole satellite scene: land cover, areas, a page to look at it", "map_verbs"),
     "predict": ("what a model says of pictures: files, folders, standard input", "predict_verbs"),
+    "change": ("what became of the land between two maps", "map_verbs"),
     "serve": ("answer over HTTP, with a page, metrics and a record", "serving_verbs"),
     "monitor": ("watch what a served model answers: drift, accuracy, a report", "monitor_verbs"),
     "load": ("let many clients ask a service, and report what they met with", "load"),

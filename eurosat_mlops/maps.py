@@ -189,14 +189,15 @@ def write_layers(
     tags: Mapping[str, str],  # of what made the map
     probabilities: bool = False,  # write those of all classes too
 ) -> list[Path]:
-    "The classes and the confidence as COGs, in the map's own resolution."
+    "The classes, the confidence and the valid area as COGs, in the map's own resolution."
     said, place = {**cover_tags(cover), **tags}, (cover.crs, cover.cell_transform)
-    files = [folder / "classes.tif", folder / "confidence.tif"]
+    files = [folder / "classes.tif", folder / "confidence.tif", folder / "hectares.tif"]
     write_cog(files[0], cover.labels[None], place, NOTHING, ["class"], said, cover.colours)
     write_cog(files[1], cover.confidence[None], place, np.nan, ["confidence"], said)
+    write_cog(files[2], cover.hectares[None].astype(np.float32), place, np.nan, ["hectares"], said)
     if probabilities:
         files.append(folder / "probabilities.tif")
-        write_cog(files[2], cover.probabilities.transpose(2, 0, 1), place, np.nan, cover.classes, said)
+        write_cog(files[3], cover.probabilities.transpose(2, 0, 1), place, np.nan, cover.classes, said)
     return files
 
 

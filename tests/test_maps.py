@@ -21,6 +21,7 @@ from onnx import TensorProto, helper  # noqa: E402
 from eurosat_mlops.bands import EUROSAT_RGB, to_digital_numbers  # noqa: E402
 from eurosat_mlops.blocks import MapSettings, answer_scene  # noqa: E402
 from eurosat_mlops.bundle import Bundle  # noqa: E402
+from eurosat_mlops.change import CHANGED, SAME, compare_maps, read_map, write_change  # noqa: E402
 from eurosat_mlops.core import EurosatError  # noqa: E402
 from eurosat_mlops.data import EUROSAT_CLASSES, decode_image, split_list  # noqa: E402
 from eurosat_mlops.mapper import FinishedMap, Outputs, map_scene  # noqa: E402
@@ -421,6 +422,50 @@ def test_odd_sizes_and_tiny_scenes_are_right_or_refused(tmp_path, tiles, model):
         map_scene(path, model, tmp_path / "tiny")
 
 
+# change --------------------------------------------------------------------------------------------------------------
+
+
+def test_change_is_where_the_land_has_changed_and_its_hectares_add_up(tmp_path, model):
+    colours = np.zeros((3, 64, 64, 3), np.uint8) + 20
+    for k in range(3):
+        colours[k, ..., k] = 200
+    was, became = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 0])
+    maps = []
+    for name, classes in (("then", was), ("now", became)):
+        mosaic = lay_tiles(colours[classes], 3)
+        mosaic[:10, :10] = 0  # not measured
+        maps.append(
+            read_map(
+                map_scene(write_scene(tmp_path / f"{name}.tif", mosaic, EUROSAT_RGB), model, tmp_path / name).folder
+            )
+        )
+    change = compare_maps(*maps)
+    assert change.states.ravel().tolist() == [SAME, CHANGED, SAME, SAME, SAME, CHANGED]
+    assert {(a, b) for a, b, _ in change.largest} == {("Soil", "Grass"), ("Water", "Soil")}
+    assert change.transitions.sum() == pytest.approx(maps[0].hectares.sum(), rel=1e-6)
+    assert change.largest[0][2] == pytest.approx(40.96, rel=2e-3)
+    written = write_change(tmp_path / "change", *maps, change)
+    with rasterio.open(written[0]) as file:
+        assert (file.read(1) == change.states).all() and file.nodata == 255
+
+
+def test_maps_of_another_grid_stride_or_model_and_damaged_ones_are_not_compared(tmp_path, tiles, model):
+    mosaic = lay_tiles(tiles, 4)[:128]
+    one = map_scene(write_scene(tmp_path / "one.tif", mosaic, EUROSAT_RGB), model, tmp_path / "one")
+    moved = write_scene(tmp_path / "moved.tif", mosaic, EUROSAT_RGB, origin=(380_010.0, 5_080_000.0))
+    other = map_scene(moved, model, tmp_path / "other")
+    fine = map_scene(tmp_path / "one.tif", model, tmp_path / "fine", MapSettings(stride=32))
+    before = read_map(one.folder)
+    for folder, what in ((other.folder, "grid"), (fine.folder, "stride")):
+        with pytest.raises(EurosatError, match=what):
+            compare_maps(before, read_map(folder))
+    with pytest.raises(EurosatError, match="model"):
+        compare_maps(before, replace(before, info={**before.info, "bundle": "f" * 64}))
+    (other.folder / "classes.tif").write_bytes((one.folder / "classes.tif").read_bytes() + b"0")
+    with pytest.raises(EurosatError, match="not as it was written"):
+        read_map(other.folder)
+
+
 def test_the_command_maps_a_scene_and_its_mistakes_exit_with_2(tmp_path, tiles, bundle_folder, capsys):
     from eurosat_mlops.cli import main
 
@@ -431,6 +476,10 @@ def test_the_command_maps_a_scene_and_its_mistakes_exit_with_2(tmp_path, tiles, 
     assert "Total" in said and "map.html" in said
     assert main([*words, "--stride", "32"]) == 2
     assert "another folder" in capsys.readouterr().err
+    assert main(["change", str(tmp_path / "map"), str(tmp_path / "map"), "--out", str(tmp_path / "change")]) == 0
+    assert "changed" in capsys.readouterr().out
+    assert main(["change", str(tmp_path / "map"), str(tmp_path), "--out", str(tmp_path / "none")]) == 2
+    assert "no finished map" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_the_real_scene_is_mapped_and_its_lagoon_is_water_when_air_lies_over_it(project, tmp_path, model):
