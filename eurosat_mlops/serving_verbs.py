@@ -50,6 +50,7 @@ from .core import EurosatError, Settings, load_settings, log
 from .drift_routes import join_drift
 from .engine import Engine, open_model
 from .journal import Journal, open_journal
+from .map_routes import join_maps
 from .problems import hash_key, new_key, serve_config
 from .serve import make_app
 from .service import Service
@@ -254,6 +255,7 @@ async def serve(
     journal = await asyncio.to_thread(journal_of, settings)
     service = Service(config, engine, journal, Traces(settings.traces))
     app = join_drift(make_app(config, engine, journal, ("public",) if admin_port else ("public", "admin"), service))
+    join_maps(app, settings)
     servers = {make_server(app): held[0]}
     if admin_port:
         admin = join_drift(make_app(config, engine, journal, ("admin",), service), gauges=False)

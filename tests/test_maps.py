@@ -1,5 +1,6 @@
 """Whole scenes: products in every wrapping, maps against ground truth, blocks, kills, odd sizes, files for others."""
 
+import asyncio
 import csv
 import json
 import re
@@ -11,6 +12,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ from eurosat_mlops.bands import EUROSAT_RGB, to_digital_numbers  # noqa: E402
 from eurosat_mlops.blocks import MapSettings, answer_scene  # noqa: E402
 from eurosat_mlops.bundle import Bundle  # noqa: E402
 from eurosat_mlops.change import CHANGED, SAME, compare_maps, read_map, write_change  # noqa: E402
-from eurosat_mlops.core import EurosatError  # noqa: E402
+from eurosat_mlops.core import EurosatError, Settings  # noqa: E402
 from eurosat_mlops.data import EUROSAT_CLASSES, decode_image, split_list  # noqa: E402
 from eurosat_mlops.mapper import FinishedMap, Outputs, map_scene  # noqa: E402
 from eurosat_mlops.maps import area_table  # noqa: E402
@@ -491,3 +493,57 @@ def test_the_real_scene_is_mapped_and_its_lagoon_is_water_when_air_lies_over_it(
     assert any("L2A" in note for note in done.info["notes"]) and any("air" in note for note in done.info["notes"])
     lagoon, fields = done.cover.labels[12:15, 3:8], done.cover.labels[5:8, 12:20]
     assert (lagoon == 2).mean() > 0.8 > 0.2 > (fields == 2).mean()  # the lesson's model: brightest in blue
+
+
+# the service ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_service_makes_a_map_behind_the_predictions_and_refuses_what_it_cannot_map(tmp_path, tiles, bundle_folder):
+    from eurosat_mlops.engine import Engine, open_model
+    from eurosat_mlops.map_routes import join_maps
+    from eurosat_mlops.problems import ServeConfig
+    from eurosat_mlops.serve import make_app
+
+    settings = Settings(tmp_path, runs_dir=tmp_path / "runs")
+    engine = Engine(settings, open_model(bundle_folder, settings), threads=1)
+    app = join_maps(make_app(ServeConfig(), engine), settings)
+    scene = write_scene(tmp_path / "scene.tif", lay_tiles(tiles, 8)[:448], EUROSAT_RGB).read_bytes()
+    silent = write_scene(tmp_path / "silent.tif", lay_tiles(tiles, 8)[:448], EUROSAT_RGB, tell=False).read_bytes()
+    vrt = b"<VRTDataset rasterXSize='64' rasterYSize='64'></VRTDataset>"
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as asked:
+            for status, path, body in (
+                (415, "/map", vrt),
+                (415, "/map", b""),
+                (422, "/map?stride=50", scene),
+                (422, "/map?bands=B04,B03,B02", silent),
+                (422, "/map", scene[: len(scene) // 2][:2000]),
+                (413, "/map", b"II*\x00" + bytes(50 << 20)),
+            ):
+                refused = await asked.post(path, content=body)
+                assert refused.status_code == status, refused.text
+                assert refused.headers["content-type"] == "application/problem+json"
+            assert list((tmp_path / "runs" / "maps").iterdir()) == [], "nothing is left of what was refused"
+            accepted = await asked.post("/map?stride=32", content=scene)
+            assert accepted.status_code == 202 and accepted.json()["state"] in ("queued", "running")
+            where = f"/map/{accepted.json()['id']}"
+            for _ in range(600):
+                told = (await asked.get(where)).json()
+                if told["state"] in ("finished", "failed"):
+                    break
+                assert 0 <= told["progress"] <= 1 and told["files"] == {}
+                await asyncio.sleep(0.1)
+            assert told["state"] == "finished", told
+            areas = await asked.get(told["files"]["areas.csv"])
+            assert areas.status_code == 200 and "Total" in areas.text
+            made = map_scene(
+                tmp_path / "scene.tif", load_bundle(bundle_folder), tmp_path / "here", MapSettings(stride=32)
+            )
+            assert areas.content == (made.folder / "areas.csv").read_bytes()
+            assert (await asked.get(f"{where}/scene.tif")).status_code == 404
+            assert (await asked.get(f"{where}/..%2Fscene.tif")).status_code in (404, 422)
+            assert (await asked.get("/map/20260101T000000Z-0123456789abcdef")).status_code == 404
+        await app.state.service.close()
+
+    asyncio.run(run())
