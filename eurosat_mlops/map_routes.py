@@ -111,37 +111,14 @@ def count_blocks(
     return len(cut_blocks(WindowGrid(*scene.shape, settings.stride, model.contract.tile_size), settings.block))
 
 
-# %% ../nbs/89_map_routes.ipynb #map-jobs
-class MapJobs:
-    "The maps of a service."
+# %% ../nbs/89_map_routes.ipynb #map-thread
+class _Maps:
+    "Jobs, and the thread that does them."
 
     def __init__(self, place: Path) -> None:
         self.place, self._jobs = place, dict[str, MapJob]()
         self._waiting: queue.Queue[MapJob] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
-
-    def submit(self, content: bytes, model: Classifier, settings: MapSettings, declared: Declared) -> MapJob:
-        "Take a scene; it is refused if it cannot be mapped, or if too many wait."
-        check_upload(content)
-        if self._waiting.full():
-            raise EngineBusy(f"{WAITING} maps wait already; ask again in a minute")
-        id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(8)}"
-        folder = self.place / id
-        folder.mkdir(parents=True)
-        try:
-            job = MapJob(id, folder, model, settings, declared, 1)
-            job.scene.write_bytes(content)
-            job.blocks = count_blocks(job.scene, model, settings, declared)
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            shutil.rmtree(folder)
-            raise EngineBusy(f"{WAITING} maps wait already; ask again in a minute") from None
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        self._jobs[id] = job
-        self._begin()
-        return job
 
     def find(self, id: str) -> MapJob:
         "A job by its id."
@@ -176,6 +153,34 @@ def _make(job: MapJob) -> None:
         job.state, job.reason = "failed", "an error of ours; quote the id when you report it"
     finally:
         job.scene.unlink(missing_ok=True)
+
+
+# %% ../nbs/89_map_routes.ipynb #map-jobs
+class MapJobs(_Maps):
+    "The maps of a service."
+
+    def submit(self, content: bytes, model: Classifier, settings: MapSettings, declared: Declared) -> MapJob:
+        "Take a scene; it is refused if it cannot be mapped, or if too many wait."
+        check_upload(content)
+        if self._waiting.full():
+            raise EngineBusy(f"{WAITING} maps wait already; ask again in a minute")
+        id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(8)}"
+        folder = self.place / id
+        folder.mkdir(parents=True)
+        try:
+            job = MapJob(id, folder, model, settings, declared, 1)
+            job.scene.write_bytes(content)
+            job.blocks = count_blocks(job.scene, model, settings, declared)
+            self._waiting.put_nowait(job)
+        except queue.Full:
+            shutil.rmtree(folder)
+            raise EngineBusy(f"{WAITING} maps wait already; ask again in a minute") from None
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        self._jobs[id] = job
+        self._begin()
+        return job
 
 
 # %% ../nbs/89_map_routes.ipynb #answer
