@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from fastai.callback.core import Callback
 
 from eurosat_mlops.core import EurosatError
@@ -37,15 +36,6 @@ def test_the_parameters_cell_agrees_with_the_dataclass(project):
     found: dict = {}
     exec("".join(cell["source"]), found)  # plain literals
     assert {k: v for k, v in found.items() if k != "__builtins__"} == {f.name: f.default for f in fields(TrainConfig)}
-
-
-def test_the_experiment_files_are_configs(project):
-    files = sorted((project / "nbs" / "experiments").glob("*.yaml"))
-    assert files
-    for path in files:
-        if path.stem == "sweep":
-            continue  # a search space, see test_sweep.py
-        config_from(yaml.safe_load(path.read_text()))
 
 
 @pytest.mark.parametrize(
