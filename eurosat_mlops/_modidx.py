@@ -834,6 +834,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'eurosat_mlops/map_routes.py'),
                                           'eurosat_mlops.map_routes._Maps._begin': ( 'map_routes.html#_maps._begin',
                                                                                      'eurosat_mlops/map_routes.py'),
+                                          'eurosat_mlops.map_routes._Maps._tidy': ( 'map_routes.html#_maps._tidy',
+                                                                                    'eurosat_mlops/map_routes.py'),
                                           'eurosat_mlops.map_routes._Maps._work': ( 'map_routes.html#_maps._work',
                                                                                     'eurosat_mlops/map_routes.py'),
                                           'eurosat_mlops.map_routes._Maps.find': ( 'map_routes.html#_maps.find',

@@ -136,10 +136,14 @@ class _Maps:
             job = self._waiting.get()
             job.state = "running"
             _make(job)
-            ended = [each for each in self._jobs.values() if each.state in ("finished", "failed")]
-            for old in ended[:-KEPT]:
-                del self._jobs[old.id]
-                shutil.rmtree(old.folder, ignore_errors=True)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        "Keep the last maps alone, those of earlier servers among them."
+        busy = {each.id for each in list(self._jobs.values()) if each.state in ("queued", "running")}
+        for old in [each for each in sorted(self.place.iterdir()) if each.name not in busy][:-KEPT]:
+            self._jobs.pop(old.name, None)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(job: MapJob) -> None:

@@ -500,7 +500,7 @@ def test_the_real_scene_is_mapped_and_its_lagoon_is_water_when_air_lies_over_it(
 
 def test_the_service_makes_a_map_behind_the_predictions_and_refuses_what_it_cannot_map(tmp_path, tiles, bundle_folder):
     from eurosat_mlops.engine import Engine, open_model
-    from eurosat_mlops.map_routes import join_maps
+    from eurosat_mlops.map_routes import KEPT, join_maps
     from eurosat_mlops.problems import ServeConfig
     from eurosat_mlops.serve import make_app
 
@@ -525,6 +525,8 @@ def test_the_service_makes_a_map_behind_the_predictions_and_refuses_what_it_cann
                 assert refused.status_code == status, refused.text
                 assert refused.headers["content-type"] == "application/problem+json"
             assert list((tmp_path / "runs" / "maps").iterdir()) == [], "nothing is left of what was refused"
+            for number in range(KEPT + 5):  # what an earlier server has left
+                (tmp_path / "runs" / "maps" / f"20200101T0000{number:02}Z-0123456789abcdef").mkdir()
             accepted = await asked.post("/map?stride=32", content=scene)
             assert accepted.status_code == 202 and accepted.json()["state"] in ("queued", "running")
             where = f"/map/{accepted.json()['id']}"
@@ -535,6 +537,12 @@ def test_the_service_makes_a_map_behind_the_predictions_and_refuses_what_it_cann
                 assert 0 <= told["progress"] <= 1 and told["files"] == {}
                 await asyncio.sleep(0.1)
             assert told["state"] == "finished", told
+            left = tmp_path / "runs" / "maps"
+            for _ in range(100):
+                if len(list(left.iterdir())) <= KEPT:
+                    break
+                await asyncio.sleep(0.1)
+            assert len(list(left.iterdir())) == KEPT and (left / told["id"]).is_dir(), "the disk does not fill up"
             areas = await asked.get(told["files"]["areas.csv"])
             assert areas.status_code == 200 and "Total" in areas.text
             made = map_scene(
